@@ -1,0 +1,198 @@
+"""Builds the compiled half of the package: one CPU library, one CUDA library and the introspection module.
+
+Sources are taken by folder, so a new op needs no edit here. What is built with what is decided in
+pyext/_build/toolchain.py; docs/build.md tells the story.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build import build
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "pyext" / "_build"))
+
+import toolchain  # noqa: E402
+
+# Commands that compile nothing, for which PyTorch need not be there.
+METADATA_COMMANDS = {"dist_info", "egg_info", "sdist"}
+
+CXX_FLAGS = [
+    *toolchain.STABLE_ABI_FLAGS,
+    "-std=c++20",
+    "-O3",
+    "-g0",  # Python's own flags ask for debug information, which nobody reads here; CMake's build has it
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+]
+NVCC_FLAGS = [
+    *toolchain.STABLE_ABI_FLAGS,
+    "-DUSE_CUDA",  # declares the CUDA half of the stable ABI
+    "-std=c++20",
+    "-O3",
+    "-lineinfo",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fvisibility=hidden",
+]
+
+
+def sources(pattern: str) -> list[str]:
+    """Paths relative to the root, as setuptools wants them."""
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+
+
+def compiled_parts() -> tuple[list[Extension], dict[str, type]]:
+    """The extension modules and the command that builds them."""
+    paths = toolchain.search_paths()
+    torch = toolchain.find_torch(paths)
+    if torch is None or torch.release < toolchain.release(toolchain.OLDEST_TORCH):
+        found = f"PyTorch {torch.version}" if torch else "no PyTorch"
+        raise toolchain.BuildError(
+            f"Building needs PyTorch {toolchain.OLDEST_TORCH} or newer, and found {found} in "
+            f"{', '.join(paths)}. Install it first, or let pip do so: leave out --no-build-isolation."
+        )
+    # Last, so that the build environment's own packages win.
+    sys.path += [path for path in paths if path not in sys.path]
+
+    toolkit = toolchain.plan_cuda(torch, paths)
+    if isinstance(toolkit, toolchain.CudaToolkit):
+        # Read by torch.utils.cpp_extension while it is imported.
+        os.environ["CUDA_HOME"] = str(toolkit.home)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = toolchain.cuda_architectures(toolkit.version)
+    else:
+        print(f"pyext: the CUDA kernels are left out: {toolkit}", file=sys.stderr)
+    os.environ["PATH"] = os.pathsep.join(
+        [os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")]  # ninja
+    )
+
+    import pybind11
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    folder = ROOT / "build" / "setuptools" / f"{sys.implementation.cache_tag}-torch-{torch.version}"
+    folder.mkdir(parents=True, exist_ok=True)
+    extensions = []
+    if sources("csrc/cpu/*.cpp"):
+        extensions.append(
+            CppExtension(
+                "pyext._C_cpu",
+                sources("csrc/cpu/*.cpp"),
+                include_dirs=[str(ROOT / "csrc" / "cpu")],
+                extra_compile_args={"cxx": CXX_FLAGS},
+                py_limited_api=True,
+            )
+        )
+    if isinstance(toolkit, toolchain.CudaToolkit) and sources("csrc/cuda/*.cu"):
+        extensions.append(
+            CUDAExtension(
+                f"pyext._C_cuda{toolkit.version.split('.')[0]}",
+                sources("csrc/cuda/*.cu"),
+                include_dirs=[str(ROOT / "csrc" / "cuda")],
+                extra_compile_args={"nvcc": NVCC_FLAGS},
+                library_dirs=[str(link_cuda_runtime(toolkit, folder))],
+                py_limited_api=True,
+            )
+        )
+    if sources("csrc/introspect.cpp"):
+        write_build_info(folder / "include" / "build_info.h", torch, toolkit)
+        extensions.append(
+            Extension(
+                "pyext._introspect",
+                sources("csrc/introspect.cpp"),
+                include_dirs=[pybind11.get_include(), str(folder / "include")],
+                extra_compile_args={"cxx": ["-std=c++20", "-O1", "-g0", "-fvisibility=hidden"]},
+                extra_link_args=["-ldl"],
+                language="c++",
+            )
+        )
+
+    class BuildExtensions(BuildExtension):
+        """Keeps objects in a fixed folder, so that a rebuild compiles only what changed."""
+
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            self.build_temp = str(folder)
+
+        def get_ext_filename(self, name: str) -> str:
+            """The libraries of ops use no Python ABI, so their names carry none."""
+            if name.rpartition(".")[2].startswith("_C_"):
+                return str(Path(*name.split("."))) + ".so"
+            return super().get_ext_filename(name)
+
+        def run(self) -> None:
+            super().run()
+            if self.inplace:
+                self.remove_stale_libraries()
+
+        def remove_stale_libraries(self) -> None:
+            """What lies beside the package is what was built last, and nothing older."""
+            built = {Path(self.get_ext_fullpath(extension.name)) for extension in self.extensions}
+            for library in (ROOT / "pyext").glob("_C_*.so"):
+                if library not in built:
+                    library.unlink()
+
+    return extensions, {"build_ext": BuildExtensions}
+
+
+def link_cuda_runtime(toolkit: toolchain.CudaToolkit, folder: Path) -> Path:
+    """A folder with a libcudart.so: the package index ships only the one with a version in its name."""
+    link = folder / "lib" / "libcudart.so"
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(toolkit.library)
+    return link.parent
+
+
+def write_build_info(
+    header: Path, torch: toolchain.Torch, toolkit: toolchain.CudaToolkit | str
+) -> None:
+    """What `pyext._introspect` reports; written only when it changed, so that nothing recompiles."""
+    compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+    with_cuda = isinstance(toolkit, toolchain.CudaToolkit)
+    info = {
+        "compiler": toolchain.first_line([compiler.split()[0], "--version"]),
+        "flags": " ".join(CXX_FLAGS),
+        "python": sys.version.split()[0],
+        "torch": torch.version,
+        "torch_cuda": torch.cuda,
+        "torch_abi_target": toolchain.OLDEST_TORCH,
+        "cuda": toolkit.version if with_cuda else None,
+        "cuda_left_out": None if with_cuda else toolkit,
+        "cuda_architectures": os.environ["TORCH_CUDA_ARCH_LIST"] if with_cuda else None,
+        "nvcc_flags": " ".join(NVCC_FLAGS) if with_cuda else None,
+    }
+    text = f'constexpr char kBuildInfo[] = R"json({json.dumps(info, indent=1)})json";\n'
+    header.parent.mkdir(exist_ok=True)
+    if not header.exists() or header.read_text() != text:
+        header.write_text(text)
+
+
+class CleanBuild(build):
+    """Starts from an empty library folder: setuptools would package what an earlier build left there."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+try:
+    if METADATA_COMMANDS & set(sys.argv):
+        extensions, commands = [], {}
+    else:
+        extensions, commands = compiled_parts()
+except toolchain.BuildError as error:
+    raise SystemExit(f"pyext: {error}") from None
+
+setup(
+    packages=[*find_packages(include=["pyext", "pyext.*"]), "pyext.kernels"],
+    package_dir={"pyext": "pyext", "pyext.kernels": "kernels"},
+    install_requires=toolchain.dependencies(),
+    ext_modules=extensions,
+    cmdclass={"build": CleanBuild, **commands},
+)
