@@ -1,0 +1,40 @@
+// A strided view of a matrix, and what the tiled product is told of threads. No PyTorch in here.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+
+namespace pyext {
+
+template <class T>
+struct Matrix {
+  T* data;
+  int64_t rows, columns, row_stride, column_stride;
+
+  T& operator()(int64_t i, int64_t j) const {
+    return data[i * row_stride + j * column_stride];
+  }
+  Matrix transposed() const { return {data, columns, rows, column_stride, row_stride}; }
+};
+
+// Uninitialised memory for packed operands, aligned to the widest vectors.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size)
+      : data_(static_cast<T*>(::operator new(size * sizeof(T) + 64, std::align_val_t(64)))) {}
+  T* get() const { return data_.get(); }
+
+ private:
+  struct Delete {
+    void operator()(T* data) const { ::operator delete(data, std::align_val_t(64)); }
+  };
+  std::unique_ptr<T, Delete> data_;
+};
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace pyext

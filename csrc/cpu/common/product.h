@@ -1,0 +1,185 @@
+// C = epilogue(A @ B): a tiled, packed, threaded matrix product whose epilogue sees each finished
+// row of a tile while it is in registers or L1, so that bias, ReLU, loss and update cost no pass.
+//
+// Layout of the work (Goto & van de Geijn, "Anatomy of High-Performance Matrix Multiplication"):
+// columns in panels of kVectors vectors; depth in blocks that keep a panel in L2; each thread takes
+// rows, packs A in slabs of kRows, and a microkernel keeps a kRows x kVectors tile in registers.
+// Threads split rows or panels, never the depth: a sum's order does not depend on the thread count.
+//
+// Included once per instruction set by common/for_each_isa.h, inside a namespace.
+
+template <class Acc>
+struct Vector {
+  typedef Acc type __attribute__((vector_size(PYEXT_VECTOR_BYTES)));
+  static constexpr int64_t lanes = PYEXT_VECTOR_BYTES / sizeof(Acc);
+};
+
+// acc[i][:] += a[i] * b[:] over the depth. A is packed as [depth][kRows], B as [depth][vectors].
+template <class Acc, int kRows, int kVectors>
+__attribute__((noinline)) void microkernel(int64_t depth, const Acc* a, const Acc* b, Acc* c,
+                                           int64_t c_stride, bool accumulate) {
+  using V = typename Vector<Acc>::type;
+  constexpr int64_t lanes = Vector<Acc>::lanes;
+  V acc[kRows][kVectors] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    V b_row[kVectors];
+    for (int j = 0; j < kVectors; ++j)
+      b_row[j] = *reinterpret_cast<const V*>(b + j * lanes);
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kVectors; ++j) acc[i][j] += a[i] * b_row[j];
+    a += kRows;
+    b += kVectors * lanes;
+  }
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < kVectors; ++j) {
+      V* out = reinterpret_cast<V*>(c + i * c_stride + j * lanes);
+      *out = accumulate ? *out + acc[i][j] : acc[i][j];
+    }
+}
+
+// The depth of a block: 512 rows of a two-vector panel are 64 KiB, which stays in L2.
+constexpr int64_t kDepthBlock = 512;
+// Columns packed at once: 512 x 2048 floats are 4 MiB, a share of L3.
+constexpr int64_t kColumnBlock = 2048;
+// Rows packed at once by a thread: 96 x 512 floats are 192 KiB, a part of L2.
+constexpr int64_t kRowBlock = 96;
+// Multiply-adds below which one thread is faster: waking the second costs about 5 µs.
+constexpr int64_t kSerialWork = 1 << 18;
+
+template <class Acc, class T>
+void pack_b(const Matrix<const T>& b, int64_t k_begin, int64_t depth, int64_t j_begin,
+            int64_t panel_columns, Acc* packed) {
+  const int64_t columns = std::min(panel_columns, b.columns - j_begin);
+  if (b.column_stride == 1) {
+    for (int64_t k = 0; k < depth; ++k) {
+      const T* row = &b(k_begin + k, j_begin);
+      Acc* out = packed + k * panel_columns;
+      for (int64_t j = 0; j < columns; ++j) out[j] = Acc(row[j]);
+      for (int64_t j = columns; j < panel_columns; ++j) out[j] = 0;
+    }
+    return;
+  }
+  for (int64_t j = 0; j < panel_columns; ++j)
+    for (int64_t k = 0; k < depth; ++k)
+      packed[k * panel_columns + j] = j < columns ? Acc(b(k_begin + k, j_begin + j)) : Acc(0);
+}
+
+template <int kRows, class Acc, class T>
+void pack_a(const Matrix<const T>& a, int64_t i_begin, int64_t rows, int64_t k_begin, int64_t depth,
+            Acc* packed) {
+  for (int64_t slab = 0; slab < rows; slab += kRows) {
+    Acc* out = packed + slab * depth;
+    const int64_t there = std::min<int64_t>(kRows, rows - slab);
+    if (a.row_stride == 1 && there == kRows) {
+      for (int64_t k = 0; k < depth; ++k) {
+        const T* in = &a(i_begin + slab, k_begin + k);
+        for (int i = 0; i < kRows; ++i) out[k * kRows + i] = Acc(in[i]);
+      }
+      continue;
+    }
+    for (int64_t i = 0; i < there; ++i) {
+      const T* in = &a(i_begin + slab + i, k_begin);
+      for (int64_t k = 0; k < depth; ++k) out[k * kRows + i] = Acc(in[k * a.column_stride]);
+    }
+    for (int64_t i = there; i < kRows; ++i)
+      for (int64_t k = 0; k < depth; ++k) out[k * kRows + i] = 0;
+  }
+}
+
+template <class Acc, int kRows, int kVectors, class TA, class TB, class Parallel, class Epilogue>
+void tiled_product(const Matrix<const TA>& a, const Matrix<const TB>& b, const Parallel& parallel,
+                   const Epilogue& epilogue) {
+  constexpr int64_t kPanel = kVectors * Vector<Acc>::lanes;
+  const int64_t m = a.rows, n = b.columns, depth = a.columns;
+  const int64_t threads = m * n * depth < kSerialWork ? 1 : parallel.threads;
+
+  // As many row blocks as there are threads; where rows do not suffice, panels are split as well.
+  const int64_t row_block = std::min(
+      kRowBlock, divide_up(divide_up(m, threads), kRows) * kRows);
+  const int64_t row_blocks = divide_up(m, row_block);
+  const int64_t column_block = std::min(kColumnBlock / kPanel, divide_up(n, kPanel)) * kPanel;
+  const int64_t depth_block = std::min(std::max<int64_t>(depth, 1), kDepthBlock);
+  const bool one_depth_block = depth <= kDepthBlock;
+
+  Buffer<Acc> packed_b(depth_block * column_block);
+  // Sums of earlier depth blocks wait here; a single block goes from registers to the epilogue.
+  Buffer<Acc> sums(one_depth_block ? 0 : m * column_block);
+
+  for (int64_t j_begin = 0; j_begin < n; j_begin += column_block) {
+    const int64_t panels = divide_up(std::min(column_block, n - j_begin), kPanel);
+    const int64_t panel_groups =
+        row_blocks >= threads ? 1 : std::min(panels, divide_up(threads, row_blocks));
+    for (int64_t k_begin = 0; k_begin == 0 || k_begin < depth; k_begin += depth_block) {
+      const int64_t block_depth = std::min(depth_block, depth - k_begin);
+      const bool last = k_begin + block_depth >= depth;
+      parallel(panels, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t panel = begin; panel < end; ++panel)
+          pack_b(b, k_begin, block_depth, j_begin + panel * kPanel, kPanel,
+                 packed_b.get() + panel * kPanel * block_depth);
+      });
+      parallel(row_blocks * panel_groups, threads, [&](int64_t begin, int64_t end) {
+        Buffer<Acc> packed_a(row_block * block_depth + kRows);
+        Buffer<Acc> tile(kRows * kPanel);
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t i_begin = task / panel_groups * row_block, group = task % panel_groups;
+          const int64_t rows = std::min(row_block, m - i_begin);
+          pack_a<kRows>(a, i_begin, rows, k_begin, block_depth, packed_a.get());
+          for (int64_t panel = panels * group / panel_groups;
+               panel < panels * (group + 1) / panel_groups; ++panel) {
+            const int64_t j = j_begin + panel * kPanel;
+            const Acc* b_panel = packed_b.get() + panel * kPanel * block_depth;
+            for (int64_t slab = 0; slab < rows; slab += kRows) {
+              const int64_t i = i_begin + slab, slab_rows = std::min<int64_t>(kRows, rows - slab);
+              const Acc* a_slab = packed_a.get() + slab * block_depth;
+              Acc* c = tile.get();
+              if (!one_depth_block) {
+                // The tile's place among the sums; a last slab may lack rows, so it goes by copy.
+                Acc* waiting = sums.get() + i * column_block + panel * kPanel;
+                if (k_begin > 0)
+                  for (int64_t r = 0; r < slab_rows; ++r)
+                    std::memcpy(c + r * kPanel, waiting + r * column_block, kPanel * sizeof(Acc));
+                microkernel<Acc, kRows, kVectors>(block_depth, a_slab, b_panel, c, kPanel,
+                                                  k_begin > 0);
+                if (!last) {
+                  for (int64_t r = 0; r < slab_rows; ++r)
+                    std::memcpy(waiting + r * column_block, c + r * kPanel, kPanel * sizeof(Acc));
+                  continue;
+                }
+              } else {
+                microkernel<Acc, kRows, kVectors>(block_depth, a_slab, b_panel, c, kPanel, false);
+              }
+              const int64_t columns = std::min(kPanel, n - j);
+              for (int64_t r = 0; r < slab_rows; ++r)
+                epilogue(i + r, j, columns, c + r * kPanel);
+            }
+          }
+        }
+      });
+    }
+  }
+}
+
+// epilogue(i, j, count, sums): row i, columns j … j + count of A @ B, in the accumulation type. It
+// is called once for every element, from several threads, each call's elements on one of them.
+template <class Acc, class TA, class TB, class Parallel, class Epilogue>
+void product(const Matrix<const TA>& a, const Matrix<const TB>& b, const Parallel& parallel,
+             const Epilogue& epilogue) {
+  if (a.rows == 0 || b.columns == 0) return;
+  constexpr int64_t lanes = Vector<Acc>::lanes;
+  // The tile fills the registers less one row of B and a broadcast of A; of two shapes the one that
+  // pads the columns less is taken (hidden 100 is 6.25 vectors of 16: 7 with the wide tile, 8 else).
+#if PYEXT_VECTOR_REGISTERS == 32
+  const int64_t narrow = divide_up(b.columns, 2 * lanes) * 2, wide = divide_up(b.columns, 7 * lanes) * 7;
+  if (b.columns <= lanes)
+    tiled_product<Acc, 14, 1>(a, b, parallel, epilogue);
+  else if (wide < narrow)
+    tiled_product<Acc, 4, 7>(a, b, parallel, epilogue);
+  else
+    tiled_product<Acc, 14, 2>(a, b, parallel, epilogue);
+#else
+  if (b.columns <= lanes)
+    tiled_product<Acc, 8, 1>(a, b, parallel, epilogue);
+  else
+    tiled_product<Acc, 6, 2>(a, b, parallel, epilogue);
+#endif
+}

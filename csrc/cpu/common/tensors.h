@@ -1,0 +1,96 @@
+// What every op's launch needs of PyTorch's stable ABI: checks for memory safety, layouts, dtypes.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+namespace pyext {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using BFloat16 = c10::BFloat16;
+using Half = c10::Half;
+
+// Elements (or multiply-adds) below which a second thread costs more than it brings; PyTorch's own
+// element-wise kernels use the same number.
+constexpr int64_t kGrain = 32768;
+
+enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
+
+// What sums of T are kept in.
+template <class T>
+using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// Calls f(Type<T>{}) for the C++ type of a floating dtype.
+template <class F>
+void visit_floating(ScalarType dtype, const char* op, F&& f) {
+  switch (dtype) {
+    case ScalarType::Double: return f(Type<double>{});
+    case ScalarType::Float: return f(Type<float>{});
+    case ScalarType::BFloat16: return f(Type<BFloat16>{});
+    case ScalarType::Half: return f(Type<Half>{});
+    default: STD_TORCH_CHECK(false, op, ": not implemented for ", dtype);
+  }
+}
+
+// The same for floating and integer dtypes.
+template <class F>
+void visit_real(ScalarType dtype, const char* op, F&& f) {
+  switch (dtype) {
+    case ScalarType::Byte: return f(Type<uint8_t>{});
+    case ScalarType::Char: return f(Type<int8_t>{});
+    case ScalarType::Short: return f(Type<int16_t>{});
+    case ScalarType::Int: return f(Type<int32_t>{});
+    case ScalarType::Long: return f(Type<int64_t>{});
+    default: return visit_floating(dtype, op, std::forward<F>(f));
+  }
+}
+
+inline bool same_sizes(const Tensor& a, const Tensor& b) {
+  return a.sizes().vec() == b.sizes().vec();
+}
+
+inline void check_like(const char* op, const Tensor& a, const Tensor& b) {
+  STD_TORCH_CHECK(same_sizes(a, b), op, ": operands differ in shape");
+  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), op, ": operands differ in dtype");
+  STD_TORCH_CHECK(b.is_cpu(), op, ": operands are on different devices");
+}
+
+// Whether two tensors of the same sizes put every element at the same offset.
+inline bool same_offsets(const Tensor& a, const Tensor& b) {
+  const auto sizes = a.sizes(), a_strides = a.strides(), b_strides = b.strides();
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] > 1 && a_strides[d] != b_strides[d]) return false;
+  return true;
+}
+
+// `t` itself if its strides are `like`'s, else a copy that has them: kernels then walk both flat.
+inline Tensor with_strides_of(const Tensor& like, const Tensor& t) {
+  if (same_offsets(like, t)) return t;
+  Tensor copy = torch::stable::empty_like(like);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+inline Tensor empty_matrix(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(like, std::vector<int64_t>(sizes));
+}
+
+}  // namespace pyext

@@ -1,0 +1,101 @@
+// two_layer on CPU tensors: schemas, launch and registration of the kernels in two_layer.h.
+#include "common/two_layer_operands.h"
+
+#define PYEXT_KERNELS "two_layer.h"
+#include "common/for_each_isa.h"
+
+namespace pyext {
+namespace {
+
+std::tuple<Tensor, Tensor> two_layer_forward(const Tensor& x, const Tensor& w1, const Tensor& w2,
+                                             const std::optional<Tensor>& b1,
+                                             const std::optional<Tensor>& b2) {
+  check_network("two_layer_forward", x, w1, w2, b1, b2);
+  Tensor hidden = empty_matrix(x, {x.size(0), w1.size(1)});
+  Tensor out = empty_matrix(x, {x.size(0), w2.size(1)});
+  const Bias bias1(b1), bias2(b2);
+  visit_floating(x.scalar_type(), "two_layer_forward", [&]<class T>(Type<T>) {
+    using Acc = Accumulate<T>;
+    PYEXT_ON_BEST_ISA({
+      kernels::product<Acc>(
+          view<T>(x), view<T>(w1), Parallel{},
+          kernels::StoreReluWithBias<Acc, T>{bias1.data<T>(), mutable_view<T>(hidden)});
+      kernels::product<Acc>(
+          view<T>(hidden), view<T>(w2), Parallel{},
+          kernels::StoreWithBias<Acc, T>{bias2.data<T>(), mutable_view<T>(out)});
+    });
+  });
+  return {out, hidden};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> two_layer_backward(
+    const Tensor& grad_out, const std::optional<Tensor>& grad_hidden, const Tensor& x,
+    const Tensor& w1, const Tensor& w2, const Tensor& hidden, bool need_x, bool need_w1,
+    bool need_w2, bool need_b1, bool need_b2) {
+  const char* op = "two_layer_backward";
+  check_network(op, x, w1, w2, std::nullopt, std::nullopt);
+  const int64_t n = x.size(0), n_in = x.size(1), n_hidden = w1.size(1), n_out = w2.size(1);
+  check_matrix(op, "grad_out", x, grad_out, n, n_out);
+  check_matrix(op, "hidden", x, hidden, n, n_hidden);
+  if (grad_hidden) check_matrix(op, "grad_hidden", x, *grad_hidden, n, n_hidden);
+
+  const auto if_needed = [&](bool needed, std::initializer_list<int64_t> sizes) {
+    return needed ? empty_matrix(x, sizes) : empty_matrix(x, {0});
+  };
+  Tensor grad_x = if_needed(need_x, {n, n_in});
+  Tensor grad_w1 = if_needed(need_w1, {n_in, n_hidden});
+  Tensor grad_w2 = if_needed(need_w2, {n_hidden, n_out});
+  Tensor grad_b1 = if_needed(need_b1, {n_hidden});
+  Tensor grad_b2 = if_needed(need_b2, {n_out});
+  const Tensor dense_hidden = torch::stable::contiguous(hidden);
+  const std::optional<Tensor> extra =
+      grad_hidden ? std::optional(torch::stable::contiguous(*grad_hidden)) : std::nullopt;
+
+  visit_floating(x.scalar_type(), op, [&]<class T>(Type<T>) {
+    using Acc = Accumulate<T>;
+    PYEXT_ON_BEST_ISA({
+      using Store = kernels::StoreWithBias<Acc, T>;
+      if (need_x || need_w1 || need_b1) {
+        const Buffer<Acc> workspace(n * n_hidden);
+        const auto d = dense_view(workspace.get(), n, n_hidden);
+        kernels::product<Acc>(view<T>(grad_out), view<T>(w2).transposed(), Parallel{},
+                              kernels::StoreWhereActive<Acc, T>{
+                                  extra ? extra->const_data_ptr<T>() : nullptr,
+                                  view<T>(dense_hidden), d});
+        if (need_x)
+          kernels::product<Acc>(as_const(d), view<T>(w1).transposed(), Parallel{},
+                                Store{nullptr, mutable_view<T>(grad_x)});
+        if (need_w1)
+          kernels::product<Acc>(view<T>(x).transposed(), as_const(d), Parallel{},
+                                Store{nullptr, mutable_view<T>(grad_w1)});
+        if (need_b1)
+          kernels::column_sums<Acc>(as_const(d), grad_b1.mutable_data_ptr<T>(), Parallel{});
+      }
+      if (need_w2)
+        kernels::product<Acc>(view<T>(hidden).transposed(), view<T>(grad_out), Parallel{},
+                              Store{nullptr, mutable_view<T>(grad_w2)});
+      if (need_b2)
+        kernels::column_sums<Acc>(view<T>(grad_out), grad_b2.mutable_data_ptr<T>(), Parallel{});
+    });
+  });
+  return {grad_x, grad_w1, grad_w2, grad_b1, grad_b2};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pyext, m) {
+  m.def(
+      "two_layer_forward(Tensor x, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "two_layer_backward(Tensor grad_out, Tensor? grad_hidden, Tensor x, Tensor w1, Tensor w2, "
+      "Tensor hidden, bool need_x, bool need_w1, bool need_w2, bool need_b1, bool need_b2) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyext, CPU, m) {
+  m.impl("two_layer_forward", TORCH_BOX(&two_layer_forward));
+  m.impl("two_layer_backward", TORCH_BOX(&two_layer_backward));
+}
+
+}  // namespace pyext

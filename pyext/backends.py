@@ -1,0 +1,247 @@
+"""Which backends exist here, and why the others do not.
+
+A backend is one way to compute every op. ``eager`` is pure PyTorch; the others bring raw ops in a
+dispatcher namespace of their own, which this module loads on first use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from pyext import registry
+
+_PACKAGE = Path(__file__).parent
+_REBUILD = "rebuild with `pip install -e .`"
+
+
+class Backend:
+    """One way to compute every op: the reference, pure PyTorch ops."""
+
+    name = "eager"
+    namespace: str | None = None
+    """Where ``torch.ops`` holds the raw ops; None for ``eager``, which has none."""
+    interpreted = False
+    """True where the backend only emulates its hardware: for checking, never timed or a default."""
+
+    def unavailable(self, device: torch.device | str, op: str | None = None) -> str | None:
+        """Why ``op`` (any op if None) cannot run here on ``device``, and what to do; None if it can."""
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            if torch.version.cuda is None:
+                return "this PyTorch was built without CUDA; install a CUDA build of PyTorch"
+            return "no usable NVIDIA GPU was found; run on a machine with one"
+        return None
+
+    def __repr__(self) -> str:
+        return f"<backend {self.name}>"
+
+
+class _KernelBackend(Backend):
+    """A backend with raw ops in a dispatcher namespace."""
+
+    namespace: str
+
+    def unavailable(self, device: torch.device | str, op: str | None = None) -> str | None:
+        device = torch.device(device)
+        if device.type not in ("cpu", "cuda"):
+            return f"the lab has no kernels for {device.type!r} tensors; use 'cpu' or 'cuda'"
+        return super().unavailable(device, op)
+
+    @functools.cached_property
+    def raw(self):
+        """``torch.ops.<namespace>``, with every raw op and its fake implementation registered."""
+        self._load()
+        namespace = getattr(torch.ops, self.namespace)
+        for op in registry.ops().values():
+            for raw_op in op.raw_ops:
+                if hasattr(namespace, raw_op.name):
+                    torch.library.register_fake(f"{self.namespace}::{raw_op.name}", raw_op.fake)
+        return namespace
+
+    def _load(self) -> None:
+        raise NotImplementedError
+
+    def _missing(self, op: str | None) -> str | None:
+        """The first raw op that this backend lacks, as a sentence."""
+        wanted = registry.ops().values() if op is None else (registry.get(op),)
+        for name in (raw_op.name for each in wanted for raw_op in each.raw_ops):
+            if not hasattr(self.raw, name):
+                return f"{self.namespace}::{name} is not registered; {_REBUILD}"
+        return None
+
+
+class ExtensionBackend(_KernelBackend):
+    """The compiled extension: a C++ kernel for CPU tensors, a CUDA kernel for CUDA tensors."""
+
+    name = "extension"
+    namespace = "pyext"
+
+    def unavailable(self, device: torch.device | str, op: str | None = None) -> str | None:
+        if reason := super().unavailable(device):
+            return reason
+        if _load_errors()["cpu"]:
+            return _load_errors()["cpu"]
+        if torch.device(device).type == "cuda" and _load_errors()["cuda"]:
+            return _load_errors()["cuda"]
+        return self._missing(op)
+
+    def _load(self) -> None:
+        if error := _load_errors()["cpu"]:
+            raise RuntimeError(f"backend 'extension' is not available: {error}")
+
+
+class TritonBackend(_KernelBackend):
+    """Triton kernels; on CPU tensors only in Triton's interpreter, for checking."""
+
+    name = "triton"
+    namespace = "pyext_triton"
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether this process runs Triton's interpreter; fixed when triton was first imported."""
+        if "triton" in sys.modules:
+            return bool(sys.modules["triton"].knobs.runtime.interpret)
+        return os.environ.get("TRITON_INTERPRET") == "1"
+
+    def unavailable(self, device: torch.device | str, op: str | None = None) -> str | None:
+        if reason := super().unavailable(device):
+            return reason
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed; `pip install triton` (wheels exist for Linux)"
+        if torch.device(device).type == "cpu" and not self.interpreted:
+            return (
+                "Triton has no CPU target; start Python with TRITON_INTERPRET=1 in the environment "
+                "to check its kernels on CPU tensors in Triton's interpreter"
+            )
+        return self._missing(op)
+
+    def _load(self) -> None:
+        _import_kernels()
+
+
+@functools.cache
+def _load_errors() -> dict[str, str | None]:
+    """Loads the compiled libraries that fit this PyTorch; device type -> why not, or None."""
+    errors = {"cpu": _load_library("_C_cpu*.so", "the compiled extension")}
+    if torch.version.cuda is None:
+        errors["cuda"] = "this PyTorch was built without CUDA; install a CUDA build of PyTorch"
+    elif errors["cpu"]:
+        errors["cuda"] = errors["cpu"]
+    else:
+        major = torch.version.cuda.split(".")[0]
+        errors["cuda"] = _load_library(
+            f"_C_cuda{major}*.so", f"the extension's CUDA {major} library"
+        )
+    return errors
+
+
+def _load_library(pattern: str, what: str) -> str | None:
+    paths = sorted(_PACKAGE.glob(pattern))
+    if not paths:
+        return f"{what} was not built ({pattern} is missing); {_REBUILD}"
+    try:
+        torch.ops.load_library(str(paths[0]))
+    except OSError as error:
+        return f"{what} does not load ({error}); {_REBUILD}"
+    return None
+
+
+@functools.cache
+def _import_kernels() -> tuple[ModuleType, ...]:
+    return tuple(importlib.import_module(f"pyext.kernels.{name}") for name in registry.ops())
+
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (ExtensionBackend(), TritonBackend(), Backend())
+}
+"""Every backend by name, in the order in which a call without a preference tries them."""
+
+_default = threading.local()
+
+
+def backends(device: torch.device | str = "cpu") -> list[str]:
+    """The names of the backends that are available for real work on ``device``.
+
+    Args:
+        device: a device or its name, ``"cpu"`` or ``"cuda"``.
+
+    Returns:
+        Names in order of preference; never an interpreted backend, which is for checking only.
+    """
+    return [
+        name
+        for name, backend in BACKENDS.items()
+        if not backend.interpreted and backend.unavailable(device) is None
+    ]
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Makes ``name`` the default backend within a ``with`` block, for the current thread.
+
+    Args:
+        name: ``"eager"``, ``"extension"`` or ``"triton"``.
+
+    Raises:
+        ValueError: no backend has that name.
+    """
+    _lookup(name)
+    previous = getattr(_default, "name", None)
+    _default.name = name
+    try:
+        yield
+    finally:
+        _default.name = previous
+
+
+def select(name: str | None, device: torch.device, op: str) -> Backend:
+    """The backend for one call: the argument, else ``use_backend``'s, else the first that works.
+
+    Args:
+        name: the caller's ``backend`` argument.
+        device: where the call's tensors are.
+        op: the op's name.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: the backend that was asked for cannot run ``op`` on ``device`` here.
+    """
+    name = name if name is not None else getattr(_default, "name", None)
+    if name is None:
+        return _best(device.type, op)
+    backend = _lookup(name)
+    if reason := _unavailable(name, device.type, op):
+        raise RuntimeError(f"{op}: backend {name!r} is not available for {device}: {reason}")
+    return backend
+
+
+def _lookup(name: str) -> Backend:
+    backend = BACKENDS.get(name) if isinstance(name, str) else None
+    if backend is None:
+        known = ", ".join(map(repr, BACKENDS))
+        raise ValueError(f"unknown backend {name!r}; expected None or one of {known}")
+    return backend
+
+
+# What a process can run does not change while it lives, and asking anew would cost every call.
+@functools.cache
+def _unavailable(name: str, device_type: str, op: str) -> str | None:
+    return BACKENDS[name].unavailable(device_type, op)
+
+
+@functools.cache
+def _best(device_type: str, op: str) -> Backend:
+    for backend in BACKENDS.values():
+        if not backend.interpreted and backend.unavailable(device_type, op) is None:
+            return backend
+    return BACKENDS["eager"]

@@ -1,0 +1,167 @@
+"""Argument checks that ops share: each refuses in one sentence, before anything is launched."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from pyext.registry import FLOATING_DTYPES
+
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+"""PyTorch's own numbering (``torch.nn._reduction``), which the raw ops' schemas use."""
+
+
+def tensor(op: str, name: str, value: object) -> None:
+    """``TypeError`` unless ``value`` is a tensor; ``NotImplementedError`` unless it is strided."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}(): argument {name!r} must be Tensor, not {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise NotImplementedError(
+            f"{op}(): argument {name!r} has layout {value.layout}, only torch.strided is accepted"
+        )
+
+
+def same_device(op: str, **tensors: torch.Tensor) -> torch.device:
+    """The tensors' common device; ``RuntimeError`` if they are on different ones."""
+    (first, reference), *others = tensors.items()
+    for name, value in others:
+        if value.device != reference.device:
+            raise RuntimeError(
+                f"{op}(): expected all tensors to be on the same device, but {first!r} is on "
+                f"{reference.device} and {name!r} is on {value.device}"
+            )
+    return reference.device
+
+
+def same_floating_dtype(op: str, **tensors: torch.Tensor) -> None:
+    """``RuntimeError`` if dtypes differ, ``NotImplementedError`` if theirs is not floating."""
+    (first, reference), *others = tensors.items()
+    for name, value in others:
+        if value.dtype != reference.dtype:
+            raise RuntimeError(
+                f"{op}(): expected all tensors to have the same dtype, but {first!r} is "
+                f"{reference.dtype} and {name!r} is {value.dtype}"
+            )
+    floating_dtype(op, first, reference.dtype)
+
+
+def floating_dtype(op: str, name: str, dtype: torch.dtype) -> None:
+    """``NotImplementedError`` unless ``dtype`` is one of the lab's floating dtypes."""
+    if dtype not in FLOATING_DTYPES:
+        accepted = ", ".join(str(each) for each in FLOATING_DTYPES)
+        raise NotImplementedError(
+            f"{op}(): not implemented for {dtype} (argument {name!r}); accepted are {accepted}"
+        )
+
+
+def shape(op: str, name: str, value: torch.Tensor, expected: tuple[int, ...], because: str) -> None:
+    """``RuntimeError`` unless ``value`` has the expected shape; ``because`` says where it is from."""
+    if tuple(value.shape) != expected:
+        raise RuntimeError(
+            f"{op}(): argument {name!r} must have shape {expected} {because}, "
+            f"but has {tuple(value.shape)}"
+        )
+
+
+def broadcastable(op: str, **tensors: torch.Tensor) -> None:
+    """``RuntimeError`` unless the shapes broadcast."""
+    try:
+        torch.broadcast_shapes(*(value.shape for value in tensors.values()))
+    except RuntimeError:
+        given = " and ".join(f"{name!r} {tuple(value.shape)}" for name, value in tensors.items())
+        raise RuntimeError(f"{op}(): shapes do not broadcast: {given}") from None
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for tensors on ``device``."""
+    return device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
+
+
+def reduction(value: object) -> int:
+    """The number of a reduction; ``ValueError`` unless it is ``none``, ``mean`` or ``sum``."""
+    if not isinstance(value, str) or value not in REDUCTIONS:
+        known = ", ".join(map(repr, REDUCTIONS))
+        raise ValueError(f"{value} is not a valid value for reduction; expected one of {known}")
+    return REDUCTIONS[value]
+
+
+def learning_rate(op: str, lr: object) -> float:
+    """``lr`` as a float; ``TypeError`` unless a number, ``ValueError`` if negative, NaN or inf."""
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)):
+        raise TypeError(f"{op}(): argument 'lr' must be a float, not {type(lr).__name__}")
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"Invalid learning rate: {lr}; {op}() accepts 0 <= lr < inf")
+    return float(lr)
+
+
+def no_transforms(op: str, *tensors: torch.Tensor) -> None:
+    """``RuntimeError`` under ``torch.func`` and forward AD, which a step op has no derivative for."""
+    if torch._C._are_functorch_transforms_active() or any(
+        torch.autograd.forward_ad.unpack_dual(each).tangent is not None
+        for each in tensors
+        if torch.autograd.forward_ad._current_level >= 0
+    ):
+        raise RuntimeError(
+            f"{op}() is a step op: it updates its arguments in place and has no derivative, so it "
+            "works neither under torch.func transforms nor in forward AD"
+        )
+
+
+def updatable_in_place(op: str, updated: dict[str, torch.Tensor], **read: torch.Tensor) -> None:
+    """``RuntimeError`` if an update in place would write an element twice or change another operand.
+
+    Args:
+        op: the op's name.
+        updated: the tensors that the op writes.
+        read: those that it only reads.
+    """
+    for name, value in updated.items():
+        if value.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{op}(): inplace update to inference tensor {name!r} outside InferenceMode is not "
+                "allowed; clone it first"
+            )
+        if _overlaps_itself(value):
+            raise RuntimeError(
+                f"{op}(): more than one element of the written-to tensor {name!r} refers to a "
+                "single memory location; clone() it first"
+            )
+    everything = {**updated, **read}
+    for name, value in updated.items():
+        for other_name, other in everything.items():
+            if other is not value and _share_memory(value, other):
+                raise RuntimeError(
+                    f"{op}(): the written-to tensor {name!r} shares memory with {other_name!r}; "
+                    "clone() one of them first"
+                )
+        if sum(each is value for each in everything.values()) > 1:
+            raise RuntimeError(f"{op}(): the written-to tensor {name!r} was passed twice")
+
+
+def _overlaps_itself(value: torch.Tensor) -> bool:
+    """Whether two indices may share an address: sorted by stride, a dimension overlaps the next."""
+    extent = 1
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return True
+            extent = stride * (size - 1) + extent
+    return False
+
+
+def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the address ranges that two tensors span intersect."""
+    if not a.numel() or not b.numel() or a.device != b.device or a.device.type == "meta":
+        return False
+    a_begin, a_end = _address_range(a)
+    b_begin, b_end = _address_range(b)
+    return a_begin < b_end and b_begin < a_end
+
+
+def _address_range(value: torch.Tensor) -> tuple[int, int]:
+    last = sum(
+        stride * (size - 1) for stride, size in zip(value.stride(), value.shape, strict=True)
+    )
+    begin = value.data_ptr()
+    return begin, begin + (last + 1) * value.element_size()

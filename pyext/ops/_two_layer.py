@@ -1,0 +1,324 @@
+"""What the two-layer ops share: argument checks, derivative formulas, samples and costs.
+
+The network is ``hidden = relu(x @ w1 + b1)``, ``out = hidden @ w2 + b2`` with x (N, I), w1 (I, H),
+w2 (H, O), b1 (H), b2 (O).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from pyext.ops import _checks, _samples
+from pyext.ops._autograd import add, differentiable, matmul
+from pyext.registry import Cost, ErrorInput
+
+NAMES = ("batch", "in", "hidden", "out")
+"""What the four numbers of a two-layer shape mean."""
+
+HEADLINE = (64, 1000, 100, 10)
+MNIST_MLP = (1024, 784, 512, 10)
+CPU_SHAPES = {"quick": (HEADLINE, MNIST_MLP), "full": (HEADLINE, MNIST_MLP)}
+CUDA_SHAPES = {
+    "quick": (HEADLINE, MNIST_MLP),
+    "full": (HEADLINE, MNIST_MLP, (8192, 4096, 4096, 1024)),
+}
+BENCHMARK_SHAPES = {"cpu": CPU_SHAPES, "cuda": CUDA_SHAPES}
+
+
+def prepare(op: str, x, w1, w2, b1=None, b2=None, y=None) -> tuple:
+    """Checks the operands of ``op`` and brings them to the raw ops' form.
+
+    Args:
+        op: the op's name, for messages.
+        x: (..., I); leading dimensions are flattened.
+        w1, w2, b1, b2: as above; biases may be None.
+        y: (..., O) or None.
+
+    Returns:
+        The operands with x and y as matrices, cast to autocast's dtype where autocast is on.
+
+    Raises:
+        TypeError, RuntimeError, NotImplementedError: as the ops document.
+    """
+    operands = {"x": x, "y": y, "w1": w1, "w2": w2, "b1": b1, "b2": b2}
+    required = {"x", "w1", "w2"} | ({"y"} if y is not None else set())
+    given = {k: v for k, v in operands.items() if v is not None or k in required}
+    for name, value in given.items():
+        _checks.tensor(op, name, value)
+    device = _checks.same_device(op, **given)
+    if _checks.autocasts(device) and all(value.is_floating_point() for value in given.values()):
+        dtype = torch.get_autocast_dtype(device.type)
+        given = {k: v if v.dtype == torch.float64 else v.to(dtype) for k, v in given.items()}
+    _checks.same_floating_dtype(op, **given)
+    if x.dim() == 0:
+        raise RuntimeError(f"{op}(): argument 'x' must have at least one dimension, but is 0-d")
+    for name in ("w1", "w2"):
+        if given[name].dim() != 2:
+            raise RuntimeError(
+                f"{op}(): argument {name!r} must be a matrix, but has shape "
+                f"{tuple(given[name].shape)}"
+            )
+    n_in, n_hidden = w1.shape
+    n_out = w2.shape[1]
+    _checks.shape(op, "x", x, (*x.shape[:-1], n_in), "to be multiplied with 'w1'")
+    _checks.shape(op, "w2", w2, (n_hidden, n_out), "to follow 'w1'")
+    if b1 is not None:
+        _checks.shape(op, "b1", b1, (n_hidden,), "to be added to x @ w1")
+    if b2 is not None:
+        _checks.shape(op, "b2", b2, (n_out,), "to be added to hidden @ w2")
+    if y is not None:
+        _checks.shape(op, "y", y, (*x.shape[:-1], n_out), "to be compared with the output")
+        given["y"] = given["y"].reshape(-1, n_out) if n_out else given["y"].reshape(_rows(x), 0)
+    given["x"] = given["x"].reshape(_rows(x), n_in)
+    return tuple(given.get(name) for name in ("x", "w1", "w2", "b1", "b2", "y"))
+
+
+def _rows(x: torch.Tensor) -> int:
+    return x.shape[:-1].numel()
+
+
+def mask(value: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor | None:
+    """``value`` where ``hidden > 0``, else 0: ReLU's derivative, differentiable in ``value``."""
+    return None if value is None else torch.ops.aten.threshold_backward(value, hidden, 0)
+
+
+def tangents(x, w1, w2, hidden, tangent_x, tangent_w1, tangent_w2, tangent_b1, tangent_b2):
+    """The tangents of out and hidden (None where nothing varies)."""
+    pre_activation = add(matmul(tangent_x, w1), matmul(x, tangent_w1))
+    if tangent_b1 is not None:
+        pre_activation = add(pre_activation, tangent_b1.expand_as(hidden))
+    tangent_hidden = mask(pre_activation, hidden)
+    tangent_out = add(matmul(tangent_hidden, w2), matmul(hidden, tangent_w2))
+    if tangent_b2 is not None:
+        tangent_out = add(tangent_out, tangent_b2.expand(x.shape[0], -1))
+    return tangent_out, tangent_hidden
+
+
+@differentiable
+class two_layer_backward:
+    """With d = (grad_out @ w2ᵀ + grad_hidden) where hidden > 0:
+
+    grad_x = d @ w1ᵀ, grad_w1 = xᵀ @ d, grad_w2 = hiddenᵀ @ grad_out, grad_b1 = Σ d,
+    grad_b2 = Σ grad_out. Its own derivative is in PyTorch's ops, hence differentiable to any order.
+    """
+
+    @staticmethod
+    def forward(raw, grad_out, grad_hidden, x, w1, w2, hidden, *needs):
+        return raw.two_layer_backward(grad_out, grad_hidden, x, w1, w2, hidden, *needs)
+
+    @staticmethod
+    def save(inputs, outputs):
+        return inputs[:6], inputs[6:]
+
+    @staticmethod
+    def backward(raw, tensors, constants, needs, v_x, v_w1, v_w2, v_b1, v_b2):
+        grad_out, grad_hidden, x, w1, w2, hidden = tensors
+        needed = dict(zip(("x", "w1", "w2", "b1", "b2"), constants, strict=True))
+        # What was not asked for came back empty, and so does what flows into it.
+        v_x = v_x if needed["x"] else None
+        v_w1 = v_w1 if needed["w1"] else None
+        v_w2 = v_w2 if needed["w2"] else None
+        v_b1 = v_b1 if needed["b1"] else None
+        v_b2 = v_b2 if needed["b2"] else None
+        d = mask(add(grad_out @ w2.t(), grad_hidden), hidden)
+        v_d = add(matmul(v_x, w1), matmul(x, v_w1))
+        if v_b1 is not None:
+            v_d = add(v_d, v_b1.expand_as(hidden))
+        v_d = mask(v_d, hidden)
+        v_grad_out = add(matmul(v_d, w2), matmul(hidden, v_w2))
+        if v_b2 is not None:
+            v_grad_out = add(v_grad_out, v_b2.expand_as(grad_out))
+        return (
+            v_grad_out,
+            v_d if grad_hidden is not None else None,
+            None if v_w1 is None else d @ v_w1.t(),
+            None if v_x is None else v_x.t() @ d,
+            None if v_d is None else v_d.t() @ grad_out,
+            None if v_w2 is None else grad_out @ v_w2.t(),
+            *(None for _ in constants),
+        )
+
+    @staticmethod
+    def jvp(raw, tensors, constants, t_grad_out, t_grad_hidden, t_x, t_w1, t_w2, t_hidden, *_):
+        grad_out, grad_hidden, x, w1, w2, hidden = tensors
+        need_x, need_w1, need_w2, need_b1, need_b2 = constants
+        d = mask(add(grad_out @ w2.t(), grad_hidden), hidden)
+        t_w2_transposed = None if t_w2 is None else t_w2.t()
+        t_d = add(matmul(t_grad_out, w2.t()), matmul(grad_out, t_w2_transposed), t_grad_hidden)
+        t_d = mask(t_d, hidden)
+
+        def transposed(matrix):
+            return None if matrix is None else matrix.t()
+
+        def dense(tangent, needed, like):
+            if not needed:
+                return x.new_zeros(0)
+            return like.new_zeros(like.shape) if tangent is None else tangent
+
+        return (
+            dense(add(matmul(t_d, w1.t()), matmul(d, transposed(t_w1))), need_x, x),
+            dense(add(matmul(transposed(t_x), d), matmul(x.t(), t_d)), need_w1, w1),
+            dense(
+                add(matmul(transposed(t_hidden), grad_out), matmul(hidden.t(), t_grad_out)),
+                need_w2,
+                w2,
+            ),
+            dense(None if t_d is None else t_d.sum(0), need_b1, w1[0]),
+            dense(None if t_grad_out is None else t_grad_out.sum(0), need_b2, w2[0]),
+        )
+
+
+def fake_two_layer_forward(x, w1, w2, b1, b2):
+    """(out, hidden) without data."""
+    hidden = x.new_empty((x.shape[0], w1.shape[1]))
+    return x.new_empty((x.shape[0], w2.shape[1])), hidden
+
+
+def fake_two_layer_backward(
+    grad_out, grad_hidden, x, w1, w2, hidden, need_x, need_w1, need_w2, need_b1, need_b2
+):
+    """(grad_x, grad_w1, grad_w2, grad_b1, grad_b2) without data."""
+    shapes = (
+        (x.shape, need_x),
+        (w1.shape, need_w1),
+        (w2.shape, need_w2),
+        (w1.shape[1:], need_b1),
+        (w2.shape[1:], need_b2),
+    )
+    return tuple(x.new_empty(shape if needed else (0,)) for shape, needed in shapes)
+
+
+# (N, I, H, O): usual, odd around tiles and vectors, one element, and each extent empty.
+SAMPLE_SHAPES = {
+    "small": (5, 4, 3, 2),
+    "odd": (17, 9, 33, 5),
+    "one": (1, 1, 1, 1),
+    "empty_batch": (0, 4, 3, 2),
+    "empty_in": (3, 0, 4, 2),
+    "empty_hidden": (3, 4, 0, 2),
+    "empty_out": (3, 4, 5, 0),
+}
+
+
+def sample_operands(device, dtype, requires_grad=False) -> Iterator[tuple[str, dict, bool]]:
+    """(name, operands x, y, w1, w2, b1, b2, whether finite differences are meaningful)."""
+
+    def operands(shape, biases=True, make=_samples.normal) -> dict:
+        n, n_in, n_hidden, n_out = shape
+        made = {
+            "x": make((n, n_in), device, dtype, 1),
+            "y": make((n, n_out), device, dtype, 2),
+            "w1": make((n_in, n_hidden), device, dtype, 3),
+            "w2": make((n_hidden, n_out), device, dtype, 4),
+            "b1": _samples.normal((n_hidden,), device, dtype, 5) if biases else None,
+            "b2": _samples.normal((n_out,), device, dtype, 6) if biases else None,
+        }
+        return {k: v if v is None else v.requires_grad_(requires_grad) for k, v in made.items()}
+
+    for name, shape in SAMPLE_SHAPES.items():
+        yield name, operands(shape), True
+    yield "no_bias", operands(SAMPLE_SHAPES["odd"], biases=False), True
+    for name, make in _samples.STRIDES.items():
+        yield name, operands((6, 5, 7, 4), make=make), True
+    special = operands((4, 21, 6, 3), biases=False)
+    with torch.no_grad():
+        special["x"][0] = _samples.special_values(device, dtype, 3)
+        special["x"][1] = 0  # pre-activations exactly on the kink
+    yield "special_values", special, False
+
+
+def common_error_inputs(device, order: tuple[str, ...]) -> Iterator[ErrorInput]:
+    """What every two-layer op refuses; ``order`` names its positional tensor arguments."""
+
+    def case(name, error_type, error_regex, **changed) -> ErrorInput:
+        operands = {
+            "x": torch.ones(5, 4, device=device),
+            "y": torch.ones(5, 2, device=device),
+            "w1": torch.ones(4, 3, device=device),
+            "w2": torch.ones(3, 2, device=device),
+            "b1": torch.ones(3, device=device),
+            "b2": torch.ones(2, device=device),
+        } | changed
+        args = tuple(operands[each] for each in order)
+        return ErrorInput(args, error_type, error_regex, name=name)
+
+    ones = torch.ones
+    yield case("list", TypeError, "'x' must be Tensor", x=[[1.0]])
+    yield case("none", TypeError, "'w1' must be Tensor", w1=None)
+    yield case("x_0d", RuntimeError, "'x' must have", x=ones((), device=device))
+    yield case("x_columns", RuntimeError, "'x' must have shape", x=ones(5, 6, device=device))
+    yield case("w1_1d", RuntimeError, "'w1' must be a matrix", w1=ones(4, device=device))
+    yield case("w2_rows", RuntimeError, "'w2' must have shape", w2=ones(4, 2, device=device))
+    yield case("dtypes", RuntimeError, "same dtype", w1=ones(4, 3, device=device).double())
+    yield case("devices", RuntimeError, "same device", w2=ones(3, 2, device="meta"))
+    yield case("sparse", NotImplementedError, "layout", x=ones(5, 4, device=device).to_sparse())
+    integers = {
+        "x": ones(5, 4, device=device).long(),
+        "y": ones(5, 2, device=device).long(),
+        "w1": ones(4, 3, device=device).long(),
+        "w2": ones(3, 2, device=device).long(),
+        "b1": ones(3, device=device).long(),
+        "b2": ones(2, device=device).long(),
+    }
+    yield case("integers", NotImplementedError, "not implemented for", **integers)
+    if "b1" in order:
+        yield case("b1_size", RuntimeError, "'b1' must have shape", b1=ones(4, device=device))
+        yield case("b2_size", RuntimeError, "'b2' must have shape", b2=ones(3, device=device))
+    if "y" in order:
+        yield case("y_size", RuntimeError, "'y' must have shape", y=ones(5, 3, device=device))
+
+
+def reduction_length(x, w1, w2) -> int:
+    """Terms in the longest chain of sums from an operand to any gradient."""
+    n = x.shape[:-1].numel() if x.dim() else 1
+    n_in, n_hidden = w1.shape
+    return max(n + n_in + n_hidden + w2.shape[1], 1)
+
+
+def cost(direction: str, shape: tuple[int, ...], itemsize: int, y: bool = False) -> Cost:
+    """The products' FLOPs (x needs no gradient) and each operand and result once.
+
+    forward: x @ w1, hidden @ w2; backward: grad_out @ w2ᵀ, xᵀ @ d, hiddenᵀ @ grad_out.
+    """
+    n, n_in, n_hidden, n_out = shape
+    first, second = n * n_in * n_hidden, n * n_hidden * n_out
+    flops = {
+        "forward": 2 * (first + second),
+        "backward": 2 * (first + 2 * second),
+    }
+    flops["both"] = flops["step"] = flops["forward"] + flops["backward"]
+    x, out, hidden = n * n_in, n * n_out, n * n_hidden
+    weights = n_in * n_hidden + n_hidden * n_out
+    items = {
+        "forward": x + weights + out,
+        "backward": x + weights + hidden + out + weights,
+        "both": x + 2 * weights + out,
+        "step": x + 2 * weights + out,
+    }
+    moved = items[direction] + (out if y and direction != "backward" else 0)
+    return Cost(bytes=moved * itemsize, flops=flops[direction], unit="matmul")
+
+
+def benchmark_operands(shape, dtype, device, generator, requires_grad=True) -> dict:
+    """Random normal x, y, w1, w2; weights are scaled as in a network that is being trained."""
+    n, n_in, n_hidden, n_out = shape
+
+    def normal(rows, columns, scale=1.0):
+        values = torch.randn((rows, columns), dtype=dtype, device=device, generator=generator)
+        return values * scale
+
+    return {
+        "x": normal(n, n_in),
+        "y": normal(n, n_out),
+        "w1": normal(n_in, n_hidden, n_in**-0.5).requires_grad_(requires_grad),
+        "w2": normal(n_hidden, n_out, n_hidden**-0.5).requires_grad_(requires_grad),
+    }
+
+
+def by_hand_gradients(x, w1, w2, hidden, grad_out) -> tuple[torch.Tensor, torch.Tensor]:
+    """grad_w1 and grad_w2 in PyTorch ops without autograd, reusing buffers where that is possible."""
+    grad_w2 = hidden.t().mm(grad_out)
+    grad_hidden = torch.ops.aten.threshold_backward(grad_out.mm(w2.t()), hidden, 0)
+    return x.t().mm(grad_hidden), grad_w2

@@ -1,0 +1,259 @@
+"""mse_loss(input, target) = (input - target)², its mean or its sum, with gradients for both."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from pyext import backends
+from pyext.ops import _checks, _samples
+from pyext.ops._autograd import add, differentiable
+from pyext.registry import Cost, ErrorInput, Op, RawOp, SampleInput
+
+
+def mse_loss(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    reduction: str = "mean",
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Squared error, as :func:`torch.nn.functional.mse_loss`.
+
+    Args:
+        input: any shape and strides.
+        target: a shape that broadcasts with ``input``'s; another shape than ``input``'s warns.
+            The dtypes may differ, integers included, as long as they promote to float64, float32,
+            bfloat16 or float16. Under autocast both are taken in float32.
+        reduction: ``"none"`` (a tensor of the broadcast shape), ``"mean"`` or ``"sum"`` (0-d).
+        backend: ``None``, ``"eager"``, ``"extension"`` or ``"triton"``.
+
+    Returns:
+        The loss, in the promoted dtype.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        RuntimeError: the shapes do not broadcast, the devices differ, or ``backend`` is not
+            available here.
+        NotImplementedError: a dtype or layout that is not accepted.
+        ValueError: an unknown ``reduction`` or ``backend``.
+
+    Deviations from the namesake: no ``weight``, ``size_average`` or ``reduce``; a 0-d tensor on
+    the CPU does not mix with CUDA tensors.
+    """
+    _checks.tensor("mse_loss", "input", input)
+    _checks.tensor("mse_loss", "target", target)
+    number = _checks.reduction(reduction)
+    device = _checks.same_device("mse_loss", input=input, target=target)
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    if _checks.autocasts(device):
+        dtype = torch.float32
+    _checks.floating_dtype("mse_loss", "input", dtype)
+    if input.shape != target.shape:
+        _checks.broadcastable("mse_loss", input=input, target=target)
+        warnings.warn(
+            f"Using a target size ({target.size()}) that is different to the input size "
+            f"({input.size()}). This will likely lead to incorrect results due to broadcasting. "
+            "Please ensure they have the same size.",
+            stacklevel=2,
+        )
+        input, target = torch.broadcast_tensors(input, target)
+    chosen = backends.select(backend, device, "mse_loss")
+    input, target = input.to(dtype), target.to(dtype)
+    if chosen.namespace is None:
+        return eager(input, target, reduction)
+    return _mse_loss(chosen.raw, input, target, number)
+
+
+def eager(input: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    """The reference."""
+    return F.mse_loss(input, target, reduction=reduction)
+
+
+def twice(error: torch.Tensor, reduction: int) -> torch.Tensor:
+    """d loss / d error for a unit gradient: ``2 error``, divided by the count for the mean."""
+    return error * (2 / max(error.numel(), 1) if reduction == _checks.REDUCTIONS["mean"] else 2)
+
+
+def reduce(values: torch.Tensor, reduction: int) -> torch.Tensor:
+    """``values``, or their sum where a reduction has made one number of them."""
+    return values if reduction == _checks.REDUCTIONS["none"] else values.sum()
+
+
+@differentiable
+class _mse_loss:
+    """d loss = Σ 2 (input - target) (d input - d target) [/ n]."""
+
+    @staticmethod
+    def forward(raw, input, target, reduction):
+        return raw.mse_loss_forward(input, target, reduction)
+
+    @staticmethod
+    def save(inputs, outputs):
+        return inputs[:2], inputs[2:]
+
+    @staticmethod
+    def backward(raw, tensors, constants, needs, grad):
+        grad_input = _mse_loss_backward(raw, grad, *tensors, *constants)
+        return grad_input if needs[0] else None, -grad_input if needs[1] else None, None
+
+    @staticmethod
+    def jvp(raw, tensors, constants, tangent_input, tangent_target, _):
+        input, target = tensors
+        (reduction,) = constants
+        tangent = add(tangent_input, None if tangent_target is None else -tangent_target)
+        return reduce(twice(input - target, reduction) * tangent, reduction)
+
+
+@differentiable
+class _mse_loss_backward:
+    """grad_input = 2 (input - target) grad [/ n], itself a function of all three tensors."""
+
+    @staticmethod
+    def forward(raw, grad, input, target, reduction):
+        return raw.mse_loss_backward(grad, input, target, reduction)
+
+    @staticmethod
+    def save(inputs, outputs):
+        return inputs[:3], inputs[3:]
+
+    @staticmethod
+    def backward(raw, tensors, constants, needs, grad):
+        upstream, input, target = tensors
+        (reduction,) = constants
+        grad_upstream = grad_input = None
+        if needs[0]:
+            grad_upstream = reduce(twice(input - target, reduction) * grad, reduction)
+        if needs[1] or needs[2]:
+            grad_input = twice(grad, reduction) * upstream
+        return (
+            grad_upstream,
+            grad_input if needs[1] else None,
+            -grad_input if needs[2] else None,
+            None,
+        )
+
+    @staticmethod
+    def jvp(raw, tensors, constants, tangent_grad, tangent_input, tangent_target, _):
+        grad, input, target = tensors
+        (reduction,) = constants
+        tangent_error = add(tangent_input, None if tangent_target is None else -tangent_target)
+        return add(
+            None if tangent_grad is None else twice(input - target, reduction) * tangent_grad,
+            None if tangent_error is None else twice(tangent_error, reduction) * grad,
+        )
+
+
+def _raw_forward_samples(device, dtype) -> Iterator[tuple]:
+    for sample in sample_inputs(device, dtype):
+        input, target = sample.args
+        if input.dtype == target.dtype and input.shape == target.shape:
+            yield input, target, _checks.REDUCTIONS[sample.kwargs["reduction"]]
+
+
+def _raw_backward_samples(device, dtype) -> Iterator[tuple]:
+    for input, target, reduction in _raw_forward_samples(device, dtype):
+        shape = input.shape if reduction == _checks.REDUCTIONS["none"] else ()
+        yield _samples.normal(shape, device, dtype, seed=2), input, target, reduction
+
+
+def sample_inputs(device, dtype, requires_grad=False) -> Iterator[SampleInput]:
+    """Every layout and reduction; broadcasting, promotion and special values."""
+    for reduction in _checks.REDUCTIONS:
+        kwargs = {"reduction": reduction}
+        pairs = zip(
+            _samples.layouts(device, dtype, requires_grad),
+            _samples.layouts(device, dtype, requires_grad, seed=1),
+            strict=True,
+        )
+        for (name, input), (_, target) in pairs:
+            yield SampleInput((input, target), kwargs, f"{name}_{reduction}")
+        matrix = _samples.normal((5, 7), device, dtype).requires_grad_(requires_grad)
+        transposed = _samples.STRIDES["transposed"]((5, 7), device, dtype, 1)
+        yield SampleInput(
+            (matrix, transposed.requires_grad_(requires_grad)), kwargs, f"mixed_strides_{reduction}"
+        )
+        row = _samples.normal((7,), device, dtype, seed=1).requires_grad_(requires_grad)
+        yield SampleInput((matrix, row), kwargs, f"broadcast_{reduction}")
+        yield SampleInput((row, matrix), kwargs, f"broadcast_input_{reduction}")
+        double = _samples.normal((5, 7), device, torch.float64, 1).requires_grad_(requires_grad)
+        yield SampleInput((matrix, double), kwargs, f"promoted_{reduction}")
+        integers = _samples.normal((5, 7), device, torch.int64, seed=1)
+        yield SampleInput((matrix, integers), kwargs, f"integer_target_{reduction}")
+        special = _samples.special_values(device, dtype, 3).requires_grad_(requires_grad)
+        yield SampleInput(
+            (special, special.detach().flip(0)), kwargs, f"special_{reduction}", gradcheckable=False
+        )
+
+
+def error_inputs(device) -> Iterator[ErrorInput]:
+    """What the namesake refuses, and the deviations."""
+    x = torch.ones(3, device=device)
+    yield ErrorInput((x, 3.0), TypeError, "'target' must be Tensor", name="number")
+    yield ErrorInput(([1.0], x), TypeError, "'input' must be Tensor", name="list")
+    yield ErrorInput((x, torch.ones(4, device=device)), RuntimeError, "broadcast", name="shapes")
+    yield ErrorInput(
+        (x, x), ValueError, "not a valid value", {"reduction": "max"}, name="reduction"
+    )
+    yield ErrorInput((x.long(), x.long()), NotImplementedError, "not implemented for", name="int")
+    yield ErrorInput((x.cfloat(), x), NotImplementedError, "not implemented for", name="complex")
+    yield ErrorInput((x, x.to("meta")), RuntimeError, "same device", name="devices")
+    yield ErrorInput((x.to_sparse(), x), NotImplementedError, "layout", name="sparse")
+
+
+def cost(direction: str, shape: tuple[int, ...], itemsize: int) -> Cost:
+    """With a reduction: forward reads both operands, backward reads them and writes a gradient."""
+    (n,) = shape
+    items = {"forward": 2, "backward": 3, "both": 3}[direction] * n
+    flops = {"forward": 3, "backward": 2, "both": 4}[direction] * n
+    return Cost(bytes=items * itemsize, flops=flops, unit="elementwise")
+
+
+def benchmark_inputs(shape, dtype, device, generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random normal input, which requires grad, and target, which does not."""
+    input, target = (
+        torch.randn(shape, dtype=dtype, device=device, generator=generator) for _ in range(2)
+    )
+    return input.requires_grad_(), target
+
+
+def by_hand(input: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward and backward of the mean without autograd, in one buffer."""
+    error = input - target
+    loss = error.square().mean()
+    return loss, error.mul_(2 / error.numel())
+
+
+OP = Op(
+    name="mse_loss",
+    function=mse_loss,
+    eager=eager,
+    raw_ops=(
+        RawOp(
+            "mse_loss_forward",
+            lambda input, target, reduction: input.new_empty(input.shape if reduction == 0 else ()),
+            _raw_forward_samples,
+        ),
+        RawOp(
+            "mse_loss_backward",
+            lambda grad, input, target, reduction: input.new_empty(input.shape),
+            _raw_backward_samples,
+        ),
+    ),
+    sample_inputs=sample_inputs,
+    error_inputs=error_inputs,
+    reduction_length=lambda input, target, reduction="mean": max(
+        torch.broadcast_shapes(input.shape, target.shape).numel(), 1
+    ),
+    shape_names=("n",),
+    benchmark_shapes={
+        "cpu": {"quick": ((2**12,), (2**20,), (2**24,)), "full": ((2**12,), (2**16,), (2**20,), (2**24,))},
+        "cuda": {"quick": ((2**12,), (2**24,)), "full": ((2**12,), (2**16,), (2**20,), (2**24,), (2**28,))},
+    },
+    benchmark_inputs=benchmark_inputs,
+    cost=cost,
+    by_hand=by_hand,
+)

@@ -1,0 +1,173 @@
+"""two_layer_sgd_step: one whole training step of the two-layer network, in place. A step op."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from pyext import backends
+from pyext.ops import _checks, _two_layer
+from pyext.ops import two_layer as _network
+from pyext.registry import Cost, ErrorInput, Op, RawOp, SampleInput
+
+
+def two_layer_sgd_step(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    lr: float,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Forward, sum of squared errors, backward and ``w -= lr * grad``, as one step.
+
+    ``loss = ((relu(x @ w1) @ w2 - y) ** 2).sum()``; then both weights move against their gradient.
+
+    It is an optimizer step: it runs as under ``torch.no_grad()``, so the weights may be leaves that
+    require grad; their version counters are bumped, so that a graph which saved them refuses to run
+    backward. The loss carries no graph, and forward AD and ``torch.func`` are refused.
+
+    Args:
+        x: (batch, in).
+        y: (batch, out).
+        w1: (in, hidden), updated in place; any strides that do not overlap.
+        w2: (hidden, out), updated in place; any strides that do not overlap.
+        lr: learning rate, finite and not negative.
+        backend: ``None``, ``"eager"``, ``"extension"`` or ``"triton"``.
+
+    All tensors are of one dtype, float64, float32, bfloat16 or float16, and on one device. Autocast
+    changes nothing.
+
+    Returns:
+        The loss before the update: 0-d, on the tensors' device.
+
+    Raises:
+        TypeError: an operand is not a tensor, or ``lr`` not a number.
+        RuntimeError: shapes, devices or dtypes do not agree; a weight overlaps itself or another
+            operand; it is called under ``torch.func`` or forward AD; ``backend`` is not available
+            here.
+        NotImplementedError: a dtype or layout that is not accepted.
+        ValueError: ``lr`` is negative, NaN or infinite; an unknown ``backend``.
+
+    Whatever it refuses, it has changed nothing.
+    """
+    op = "two_layer_sgd_step"
+    lr = _checks.learning_rate(op, lr)
+    for name, value in {"x": x, "y": y, "w1": w1, "w2": w2}.items():
+        _checks.tensor(op, name, value)
+    _checks.no_transforms(op, x, y, w1, w2)
+    for name, value in {"x": x, "y": y}.items():
+        if value.dim() != 2:
+            shape = tuple(value.shape)
+            raise RuntimeError(f"{op}(): argument {name!r} must be a matrix, but has shape {shape}")
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        _two_layer.prepare(op, x, w1, w2, y=y)
+        _checks.updatable_in_place(op, {"w1": w1, "w2": w2}, x=x, y=y)
+        chosen = backends.select(backend, x.device, op)
+        if chosen.namespace is None:
+            return eager(x, y, w1, w2, lr)
+        loss = chosen.raw.two_layer_sgd_step(x, y, w1, w2, lr)
+        # The stable ABI does not count what it mutates, and a stale saved tensor must be an error.
+        torch.autograd.graph.increment_version((w1, w2))
+        return loss
+
+
+def eager(x, y, w1, w2, lr) -> torch.Tensor:
+    """The reference: the hand-written loop's body, with the gradients by autograd."""
+    with torch.enable_grad():
+        leaves = [weight.detach().requires_grad_() for weight in (w1, w2)]
+        loss = F.mse_loss(_network.eager(x.detach(), *leaves), y.detach(), reduction="sum")
+        grads = torch.autograd.grad(loss, leaves)
+    with torch.no_grad():
+        for weight, grad in zip((w1, w2), grads, strict=True):
+            weight -= lr * grad
+    return loss.detach()
+
+
+def _raw_samples(device, dtype) -> Iterator[tuple]:
+    for sample in sample_inputs(device, dtype):
+        yield sample.args
+
+
+def sample_inputs(device, dtype, requires_grad=False) -> Iterator[SampleInput]:
+    """As ``two_layer`` without biases; weights with every kind of strides but overlapping ones."""
+    for name, operands, smooth in _two_layer.sample_operands(device, dtype, requires_grad):
+        if name in ("expanded", "no_bias"):
+            continue
+        args = tuple(operands[each] for each in ("x", "y", "w1", "w2"))
+        yield SampleInput((*args, 1e-3), name=name, gradcheckable=smooth)
+    _, operands, _ = next(_two_layer.sample_operands(device, dtype, requires_grad))
+    args = tuple(operands[each] for each in ("x", "y", "w1", "w2"))
+    yield SampleInput((*args, 0.0), name="lr_zero")
+
+
+def error_inputs(device) -> Iterator[ErrorInput]:
+    """What does not agree, a bad learning rate, and weights that cannot be updated in place."""
+    for case in _two_layer.common_error_inputs(device, ("x", "y", "w1", "w2")):
+        args = (*case.args, 0.1)
+        yield ErrorInput(args, case.error_type, case.error_regex, name=case.name)
+    x, y, w1, w2 = (torch.ones(each, device=device) for each in ((5, 4), (5, 2), (4, 3), (3, 2)))
+    for lr in (-0.1, float("nan"), float("inf")):
+        yield ErrorInput((x, y, w1, w2, lr), ValueError, "Invalid learning rate", name=f"lr_{lr}")
+    yield ErrorInput((x, y, w1, w2, "fast"), TypeError, "'lr' must be a float", name="lr_str")
+    yield ErrorInput((x[None], y, w1, w2, 0.1), RuntimeError, "'x' must be a matrix", name="x_3d")
+    expanded = torch.ones(4, 1, device=device).expand(4, 3)
+    yield ErrorInput((x, y, expanded, w2, 0.1), RuntimeError, "single memory", name="expanded")
+    square = torch.ones(4, 4, device=device)
+    yield ErrorInput((x, x, square, square, 0.1), RuntimeError, "passed twice", name="same_weight")
+    both = torch.ones(18, device=device)
+    shared = both[:12].view(4, 3), both[10:16].view(3, 2)
+    yield ErrorInput((x, y, *shared, 0.1), RuntimeError, "shares memory", name="overlapping")
+
+
+def cost(direction: str, shape: tuple[int, ...], itemsize: int) -> Cost:
+    """Five products; x, y read and both weights read and written once."""
+    return _two_layer.cost(direction, shape, itemsize, y=True)
+
+
+def benchmark_inputs(shape, dtype, device, generator) -> tuple:
+    """x, y, w1, w2 and a learning rate at which thousands of steps stay finite."""
+    operands = _two_layer.benchmark_operands(shape, dtype, device, generator, requires_grad=False)
+    lr = 1e-6 if dtype in (torch.float32, torch.float64) else 1e-5
+    return *(operands[name] for name in ("x", "y", "w1", "w2")), lr
+
+
+def by_hand(x, y, w1, w2, lr) -> torch.Tensor:
+    """The step in PyTorch ops without autograd, in place wherever that is possible."""
+    hidden = x.mm(w1).relu_()
+    error = hidden.mm(w2).sub_(y)
+    loss = error.square().sum()
+    grad_w1, grad_w2 = _two_layer.by_hand_gradients(x, w1, w2, hidden, error.mul_(2))
+    w1.sub_(grad_w1, alpha=lr)
+    w2.sub_(grad_w2, alpha=lr)
+    return loss
+
+
+OP = Op(
+    name="two_layer_sgd_step",
+    function=two_layer_sgd_step,
+    eager=eager,
+    raw_ops=(
+        RawOp(
+            "two_layer_sgd_step",
+            lambda x, y, w1, w2, lr: x.new_empty(()),
+            _raw_samples,
+            mutates=("w1", "w2"),
+        ),
+    ),
+    sample_inputs=sample_inputs,
+    error_inputs=error_inputs,
+    reduction_length=lambda x, y, w1, w2, lr: (
+        _two_layer.reduction_length(x, w1, w2) + y.numel()
+    ),
+    shape_names=_two_layer.NAMES,
+    benchmark_shapes=_two_layer.BENCHMARK_SHAPES,
+    benchmark_inputs=benchmark_inputs,
+    cost=cost,
+    directions=("step",),
+    is_step=True,
+    by_hand=by_hand,
+)
