@@ -1,0 +1,378 @@
+"""`python -m pyext.train mnist`: trains the MNIST CNN with one backend, or with each in turn.
+
+Exit codes: 0 trained; 1 the loss is not finite; 2 wrong usage; 3 the data, the device or the
+backend is not available; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from pyext.backends import BACKENDS, backends
+from pyext.workloads import data as datasets
+from pyext.workloads import engine, mnist_cnn
+from pyext.workloads.engine import HyperParameters, TestResult, Training
+
+OK, FAILED, WRONG_USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130
+DEFAULTS = HyperParameters()
+
+
+class _Missing(RuntimeError):
+    """The environment lacks something; the message says what and what to do."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    # Lines stay whole where they are piped: a sentence is easier to search for than to re-join.
+    console = Console(highlight=False, soft_wrap=True)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        return _train(parser, options, console)
+    except (_Missing, datasets.DataError) as error:
+        errors.print(str(error), markup=False)
+        return MISSING
+    except engine.CheckpointError as error:
+        parser.error(f"--resume: {error}")
+    except engine.Diverged as error:
+        errors.print(f"Stopped: {error}.", markup=False)
+        return FAILED
+    except KeyboardInterrupt:
+        errors.print("Interrupted; nothing was saved since the last epoch.")
+        return INTERRUPTED
+
+
+def _train(parser: argparse.ArgumentParser, options: argparse.Namespace, console: Console) -> int:
+    state = engine.load_checkpoint(options.resume) if options.resume else None
+    hyper = _hyper_parameters(parser, options, state)
+    if options.save is not None and not options.save.parent.is_dir():
+        parser.error(f"--save: there is no folder {options.save.parent}")
+    if state is not None and options.backend == "all":
+        parser.error("--resume continues one run; it does not go with --backend all")
+    device = _device(options.device)
+    names = _backends(options.backend, device, state, console)
+    threads = options.threads or (state["threads"] if state else None)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+    with _progress(console) as progress:
+        data = datasets.load(
+            hyper.dataset,
+            options.data_dir,
+            download=not options.no_download,
+            progress=lambda name: _DownloadBar(progress, name),
+        )
+    console.print(
+        f"{data.title}: {len(data.train_images)} training and {len(data.test_images)} test images; "
+        f"{device}, {torch.get_num_threads()} threads; {_describe(hyper)}"
+    )
+    finished: list[tuple[Training, float]] = []
+    for name in names:
+        training = mnist_cnn.prepare(hyper, data, backend=name, device=device)
+        console.print(_introduction(training), markup=False)
+        if state is not None:
+            training.load_state_dict(state)
+            console.print(f"resumed at {_position(training)}")
+        save = _save_path(options.save, name, several=len(names) > 1)
+        start = time.perf_counter()
+        if not _run(training, save, console):
+            return INTERRUPTED
+        finished.append((training, time.perf_counter() - start))
+        if save is not None:
+            console.print(f"saved {save}", markup=False)
+    if len(finished) > 1:
+        console.print(_summary(data.title, finished))
+    return OK
+
+
+def _run(training: Training, save: Path | None, console: Console) -> bool:
+    """Trains with a progress bar; on Ctrl-C stops after the current step and returns False."""
+    epoch_start = time.perf_counter()
+    with _progress(console) as progress, _Interruption(console) as interruption:
+        bar = progress.add_task("", total=training.steps_per_epoch)
+
+        def on_step(training: Training) -> None:
+            every = max(1, training.steps_per_epoch // 100)
+            if training.step_in_epoch % every == 0:
+                progress.update(
+                    bar,
+                    description=f"epoch {training.epoch + 1}/{training.hyper.epochs}, "
+                    f"loss {training.mean_loss:.4f}",
+                    completed=training.step_in_epoch,
+                )
+
+        def on_epoch(training: Training, result: TestResult) -> None:
+            nonlocal epoch_start
+            now = time.perf_counter()
+            console.print(
+                f"epoch {training.epoch}: test accuracy {100 * result.accuracy:.2f} %, "
+                f"test loss {result.loss:.4f}, {now - epoch_start:.1f} s"
+            )
+            epoch_start = now
+            progress.reset(bar)
+
+        completed = mnist_cnn.train(
+            training,
+            save=save,
+            on_step=on_step,
+            on_epoch=on_epoch,
+            should_stop=lambda: interruption.requested,
+        )
+    if not completed:
+        kept = (
+            f"{save} holds everything up to there: go on with --resume {save}."
+            if save
+            else "Nothing was saved: there was no --save."
+        )
+        console.print(f"Interrupted at {_position(training)}. {kept}", markup=False)
+    return completed
+
+
+class _Interruption:
+    """Turns the first Ctrl-C into a request, so that no step is left half done."""
+
+    def __init__(self, console: Console) -> None:
+        self.requested = False
+        self._console = console
+
+    def __enter__(self) -> _Interruption:
+        self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _handle(self, signum: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self._console.print("Ctrl-C: stopping after this step; press it again to stop at once.")
+
+
+class _DownloadBar:
+    """A download as pooch reports it, shown by rich."""
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        self._progress = progress
+        self._task = progress.add_task(f"downloading {name}", total=None)
+
+    @property
+    def total(self) -> float | None:
+        return self._progress.tasks[self._task].total
+
+    @total.setter
+    def total(self, size: int) -> None:
+        self._progress.update(self._task, total=size)
+
+    def update(self, size: int) -> None:
+        self._progress.advance(self._task, size)
+
+    def reset(self) -> None:
+        self._progress.reset(self._task)
+
+    def close(self) -> None:
+        self._progress.remove_task(self._task)
+
+
+@contextlib.contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield progress
+
+
+def _hyper_parameters(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, state: dict[str, Any] | None
+) -> HyperParameters:
+    """The flags over the defaults, or over a checkpoint's, of which only the epochs may change."""
+    given = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(HyperParameters)
+        if getattr(options, field.name) is not None
+    }
+    if state is None:
+        return dataclasses.replace(DEFAULTS, **given)
+    saved = HyperParameters(**state["hyper_parameters"])
+    for name, value in given.items():
+        if name != "epochs" and value != getattr(saved, name):
+            flag = f"--{name.replace('_', '-')}"
+            parser.error(
+                f"{flag} {value} contradicts the checkpoint, which was trained with "
+                f"{getattr(saved, name)}; only --epochs may change in a resumed run"
+            )
+    return dataclasses.replace(saved, epochs=given.get("epochs", saved.epochs))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if reason := BACKENDS["eager"].unavailable(device):
+        raise _Missing(f"--device {name} is not available: {reason}.")
+    return device
+
+
+def _backends(
+    wanted: str | None, device: torch.device, state: dict[str, Any] | None, console: Console
+) -> list[str]:
+    """The backends to train with, in order; says of `all` which ones are missing, and why."""
+    if wanted == "all":
+        available = backends(device)
+        for name, backend in BACKENDS.items():
+            if name not in available:
+                reason = backend.unavailable(device) or (
+                    "it only runs in an interpreter here, which takes days; name it to try it"
+                )
+                console.print(f"without {name}: {reason}", markup=False)
+        return sorted(available, key=lambda name: name != "eager")
+    name = wanted or (state["backend"] if state else backends(device)[0])
+    if reason := BACKENDS[name].unavailable(device):
+        raise _Missing(f"backend {name!r} is not available for {device}: {reason}.")
+    if BACKENDS[name].interpreted and device.type == "cpu":
+        console.print(f"{name} runs in its interpreter here: right, but very slow")
+    return [name]
+
+
+def _save_path(path: Path | None, backend: str, *, several: bool) -> Path | None:
+    return path.with_stem(f"{path.stem}.{backend}") if path and several else path
+
+
+def _describe(hyper: HyperParameters) -> str:
+    return (
+        f"{hyper.epochs} epochs, batches of {hyper.batch_size}, lr {hyper.lr:g}, "
+        f"gamma {hyper.gamma:g}, seed {hyper.seed}"
+    )
+
+
+def _introduction(training: Training) -> str:
+    if not training.swapped:
+        return f"backend {training.backend}: torch.nn's own modules"
+    return "\n".join(map(str, training.swapped))
+
+
+def _position(training: Training) -> str:
+    return (
+        f"epoch {training.epoch + 1}, step {training.step_in_epoch} of {training.steps_per_epoch}"
+    )
+
+
+def _summary(title: str, finished: Sequence[tuple[Training, float]]) -> Table:
+    table = Table(
+        title=f"MNIST CNN on {title}",
+        caption="Times of runs one after the other; to compare backends, use benchmarks/run.py.",
+    )
+    for column in ("backend", "epochs", "test accuracy", "test loss", "time"):
+        table.add_column(column, justify="left" if column == "backend" else "right")
+    for training, seconds in finished:
+        result = training.tests[-1]
+        table.add_row(
+            training.backend,
+            str(training.epoch),
+            f"{100 * result.accuracy:.2f} %",
+            f"{result.loss:.4f}",
+            f"{seconds:.1f} s",
+        )
+    return table
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pyext.train",
+        description="Train a network with one of the lab's backends, or with each in turn.",
+        epilog="Exit codes: 0 trained; 1 the loss is not finite; 2 wrong usage; 3 the data, the "
+        "device or the backend is not available; 130 interrupted.",
+    )
+    parser.add_argument("workload", choices=["mnist"], help="the MNIST CNN of PyTorch's examples")
+    parser.add_argument(
+        "--backend",
+        choices=[*BACKENDS, "all"],
+        help="default: the first of " + ", ".join(BACKENDS) + " that is available",
+    )
+    parser.add_argument(
+        "--device", type=_device_name, default="auto", help="auto (default), cpu or cuda"
+    )
+    parser.add_argument(
+        "--dataset",
+        choices=[*datasets.DATASETS, "digits"],
+        help="default: mnist; digits is scikit-learn's, which needs no download and is not MNIST",
+    )
+    parser.add_argument(
+        "--data-dir", metavar="DIR", help="default: PYEXT_DATA, or a cache folder of yours"
+    )
+    parser.add_argument("--no-download", action="store_true", help="use only data that is there")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write a checkpoint each epoch")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on from a checkpoint")
+    for flag, kind, text in (
+        ("--epochs", _integer(least=1), "how often to go through the training set"),
+        ("--batch-size", _integer(least=1), "examples in a step"),
+        ("--lr", _number(lambda value: value > 0, "above 0"), "Adadelta's learning rate"),
+        (
+            "--gamma",
+            _number(lambda value: 0 < value <= 1, "above 0 and at most 1"),
+            "what the learning rate is multiplied by after each epoch",
+        ),
+        ("--seed", _integer(least=0), "of weights, order and dropout"),
+    ):
+        default = getattr(DEFAULTS, flag.removeprefix("--").replace("-", "_"))
+        parser.add_argument(flag, type=kind, metavar="N", help=f"{text} (default: {default})")
+    parser.add_argument(
+        "--threads", type=_integer(least=1), metavar="N", help="default: PyTorch's choice"
+    )
+    return parser
+
+
+def _integer(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if (value := int(text)) >= least:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {least}")
+
+    return parse
+
+
+def _number(accepts: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if math.isfinite(value := float(text)) and accepts(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number {wanted}")
+
+    return parse
+
+
+def _device_name(text: str) -> str:
+    kind, _, index = text.partition(":")
+    if text in ("auto", "cpu") or (kind == "cuda" and (index.isdigit() or text == "cuda")):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is not auto, cpu, cuda or cuda:INDEX")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
