@@ -1,4 +1,4 @@
-"""Builds the compiled half of the package: one CPU library, one CUDA library and the introspection module.
+"""Builds the compiled half: a CPU library, a CUDA library and the introspection module.
 
 Sources are taken by folder, so a new op needs no edit here. What is built with what is decided in
 pyext/_build/toolchain.py; docs/build.md tells the story.
@@ -20,27 +20,10 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "pyext" / "_build"))
 
 import toolchain  # noqa: E402
+from toolchain import CudaToolkit, Torch  # noqa: E402
 
 # Commands that compile nothing, for which PyTorch need not be there.
 METADATA_COMMANDS = {"dist_info", "egg_info", "sdist"}
-
-CXX_FLAGS = [
-    *toolchain.STABLE_ABI_FLAGS,
-    "-std=c++20",
-    "-O3",
-    "-g0",  # Python's own flags ask for debug information, which nobody reads here; CMake's build has it
-    "-fno-math-errno",
-    "-fvisibility=hidden",
-]
-NVCC_FLAGS = [
-    *toolchain.STABLE_ABI_FLAGS,
-    "-DUSE_CUDA",  # declares the CUDA half of the stable ABI
-    "-std=c++20",
-    "-O3",
-    "-lineinfo",
-    "--expt-relaxed-constexpr",
-    "-Xcompiler=-fvisibility=hidden",
-]
 
 
 def sources(pattern: str) -> list[str]:
@@ -52,25 +35,24 @@ def compiled_parts() -> tuple[list[Extension], dict[str, type]]:
     """The extension modules and the command that builds them."""
     paths = toolchain.search_paths()
     torch = toolchain.find_torch(paths)
-    if torch is None or torch.release < toolchain.release(toolchain.OLDEST_TORCH):
+    if torch is None or not torch.is_supported:
         found = f"PyTorch {torch.version}" if torch else "no PyTorch"
         raise toolchain.BuildError(
-            f"Building needs PyTorch {toolchain.OLDEST_TORCH} or newer, and found {found} in "
-            f"{', '.join(paths)}. Install it first, or let pip do so: leave out --no-build-isolation."
+            f"building needs PyTorch {toolchain.OLDEST_TORCH} or newer, and there is {found}. "
+            "Install one first, or leave out --no-build-isolation."
         )
-    # Last, so that the build environment's own packages win.
+    # At the end, so that the build environment's own packages win.
     sys.path += [path for path in paths if path not in sys.path]
 
     toolkit = toolchain.plan_cuda(torch, paths)
-    if isinstance(toolkit, toolchain.CudaToolkit):
-        # Read by torch.utils.cpp_extension while it is imported.
+    if isinstance(toolkit, CudaToolkit):
+        # torch.utils.cpp_extension reads both.
         os.environ["CUDA_HOME"] = str(toolkit.home)
         os.environ["TORCH_CUDA_ARCH_LIST"] = toolchain.cuda_architectures(toolkit.version)
     else:
         print(f"pyext: the CUDA kernels are left out: {toolkit}", file=sys.stderr)
-    os.environ["PATH"] = os.pathsep.join(
-        [os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")]  # ninja
-    )
+    # For ninja, where the environment was not activated.
+    os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
 
     import pybind11
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
@@ -84,33 +66,32 @@ def compiled_parts() -> tuple[list[Extension], dict[str, type]]:
                 "pyext._C_cpu",
                 sources("csrc/cpu/*.cpp"),
                 include_dirs=[str(ROOT / "csrc" / "cpu")],
-                extra_compile_args={"cxx": CXX_FLAGS},
+                # Python's own flags ask for debug information; CMake's build is there for that.
+                extra_compile_args={"cxx": [*toolchain.CXX_FLAGS, "-g0"]},
                 py_limited_api=True,
             )
         )
-    if isinstance(toolkit, toolchain.CudaToolkit) and sources("csrc/cuda/*.cu"):
+    if isinstance(toolkit, CudaToolkit) and sources("csrc/cuda/*.cu"):
         extensions.append(
             CUDAExtension(
-                f"pyext._C_cuda{toolkit.version.split('.')[0]}",
+                f"pyext._C_cuda{toolkit.version.partition('.')[0]}",
                 sources("csrc/cuda/*.cu"),
                 include_dirs=[str(ROOT / "csrc" / "cuda")],
-                extra_compile_args={"nvcc": NVCC_FLAGS},
+                extra_compile_args={"nvcc": list(toolchain.NVCC_FLAGS)},
                 library_dirs=[str(link_cuda_runtime(toolkit, folder))],
                 py_limited_api=True,
             )
         )
-    if sources("csrc/introspect.cpp"):
-        write_build_info(folder / "include" / "build_info.h", torch, toolkit)
-        extensions.append(
-            Extension(
-                "pyext._introspect",
-                sources("csrc/introspect.cpp"),
-                include_dirs=[pybind11.get_include(), str(folder / "include")],
-                extra_compile_args={"cxx": ["-std=c++20", "-O1", "-g0", "-fvisibility=hidden"]},
-                extra_link_args=["-ldl"],
-                language="c++",
-            )
+    write_build_info(folder / "include" / "build_info.h", torch, toolkit)
+    extensions.append(
+        Extension(
+            "pyext._introspect",
+            sources("csrc/introspect.cpp"),
+            include_dirs=[pybind11.get_include(), str(folder / "include")],
+            extra_compile_args={"cxx": ["-std=c++20", "-O1", "-g0", "-fvisibility=hidden"]},
+            language="c++",
         )
+    )
 
     class BuildExtensions(BuildExtension):
         """Keeps objects in a fixed folder, so that a rebuild compiles only what changed."""
@@ -132,32 +113,31 @@ def compiled_parts() -> tuple[list[Extension], dict[str, type]]:
 
         def remove_stale_libraries(self) -> None:
             """What lies beside the package is what was built last, and nothing older."""
-            built = {Path(self.get_ext_fullpath(extension.name)) for extension in self.extensions}
+            built = {Path(self.get_ext_filename(item.name)).name for item in self.extensions}
             for library in (ROOT / "pyext").glob("_C_*.so"):
-                if library not in built:
+                if library.name not in built:
                     library.unlink()
 
     return extensions, {"build_ext": BuildExtensions}
 
 
-def link_cuda_runtime(toolkit: toolchain.CudaToolkit, folder: Path) -> Path:
-    """A folder with a libcudart.so: the package index ships only the one with a version in its name."""
+def link_cuda_runtime(toolkit: CudaToolkit, folder: Path) -> Path:
+    """A folder with a libcudart.so: the package index has only one with a version in its name."""
     link = folder / "lib" / "libcudart.so"
     link.parent.mkdir(exist_ok=True)
     link.unlink(missing_ok=True)
-    link.symlink_to(toolkit.library)
+    link.symlink_to(toolkit.runtime)
     return link.parent
 
 
-def write_build_info(
-    header: Path, torch: toolchain.Torch, toolkit: toolchain.CudaToolkit | str
-) -> None:
-    """What `pyext._introspect` reports; written only when it changed, so that nothing recompiles."""
+def write_build_info(header: Path, torch: Torch, toolkit: CudaToolkit | str) -> None:
+    """What `pyext._introspect` reports; written only where it changed, or it would recompile."""
     compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
-    with_cuda = isinstance(toolkit, toolchain.CudaToolkit)
+    version = toolchain.output_of([compiler.split()[0], "--version"]) or compiler
+    with_cuda = isinstance(toolkit, CudaToolkit)
     info = {
-        "compiler": toolchain.first_line([compiler.split()[0], "--version"]),
-        "flags": " ".join(CXX_FLAGS),
+        "compiler": version.partition("\n")[0],
+        "flags": " ".join(toolchain.CXX_FLAGS),
         "python": sys.version.split()[0],
         "torch": torch.version,
         "torch_cuda": torch.cuda,
@@ -165,7 +145,7 @@ def write_build_info(
         "cuda": toolkit.version if with_cuda else None,
         "cuda_left_out": None if with_cuda else toolkit,
         "cuda_architectures": os.environ["TORCH_CUDA_ARCH_LIST"] if with_cuda else None,
-        "nvcc_flags": " ".join(NVCC_FLAGS) if with_cuda else None,
+        "nvcc_flags": " ".join(toolchain.NVCC_FLAGS) if with_cuda else None,
     }
     text = f'constexpr char kBuildInfo[] = R"json({json.dumps(info, indent=1)})json";\n'
     header.parent.mkdir(exist_ok=True)
@@ -174,7 +154,7 @@ def write_build_info(
 
 
 class CleanBuild(build):
-    """Starts from an empty library folder: setuptools would package what an earlier build left there."""
+    """Empties the folder that wheels are made from: an earlier build's files would be packaged."""
 
     def run(self) -> None:
         shutil.rmtree(self.build_lib, ignore_errors=True)

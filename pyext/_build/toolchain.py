@@ -1,13 +1,14 @@
-"""Finds what the extension is built with: the PyTorch of the target environment and NVIDIA's compiler.
+"""Finds what the extension is built with: the target environment's PyTorch and NVIDIA's compiler.
 
-Used by the build backend, by setup.py and by `python -m pyext.doctor`. Imports neither torch nor pyext, so that
-it can look at an environment whose PyTorch is absent or broken.
+Used by the build backend, by setup.py, by CMake and by `python -m pyext.doctor`. Imports neither
+torch nor pyext, so that it can look at an environment whose PyTorch is absent or broken.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
+import platform
 import re
 import shutil
 import site
@@ -18,12 +19,55 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+EDITABLE = "_PYEXT_EDITABLE"  # set by the build backend: setup.py cannot tell from its arguments
 OLDEST_TORCH = "2.11"
 TORCH_TARGET_VERSION = "0x020b000000000000"  # OLDEST_TORCH, as torch/headeronly/version.h counts
 TESTED_TORCH = "2.15"  # what a bare environment gets
-TESTED_CUDA = "13.2"  # what that PyTorch is built with, on Linux
-DEFAULT_CUDA_ARCHITECTURES = "8.0 9.0 10.0+PTX"  # without a list and a GPU, PyTorch's builder fails
-STABLE_ABI_FLAGS = (f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",)
+TESTED_CUDA = "13.2"  # what that PyTorch's Linux wheels are built with
+TRITON_OF_TORCH = {
+    (2, 11): "3.6",
+    (2, 12): "3.7",
+    (2, 13): "3.7",
+    (2, 14): "3.8",
+    (2, 15): "3.9",
+}
+DEFAULT_CUDA_ARCHITECTURES = "8.0 9.0 10.0+PTX"
+# NVIDIA's wheels hold nvcc itself only since CUDA 13; those of CUDA 12 stop at ptxas.
+FIRST_CUDA_WITH_NVCC_WHEELS = 13
+HAS_TRITON_WHEELS = (
+    "platform_system == 'Linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64')"
+)
+RUN_TIME_DEPENDENCIES = (
+    "expecttest",
+    "hypothesis",
+    "matplotlib",
+    "ninja",
+    "pooch",
+    "pybind11",
+    "pytest>=8",
+    "pytest-benchmark",
+    "pytest-timeout",
+    "rich",
+    "scikit-learn",
+    "setuptools",
+)
+
+CXX_FLAGS = (
+    f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+    "-std=c++20",
+    "-O3",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+)
+NVCC_FLAGS = (
+    f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+    "-DUSE_CUDA",  # declares the CUDA half of the stable ABI
+    "-std=c++20",
+    "-O3",
+    "-lineinfo",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fvisibility=hidden",
+)
 
 
 class BuildError(RuntimeError):
@@ -32,7 +76,7 @@ class BuildError(RuntimeError):
 
 def cuda_switch() -> str:
     """The value of PYEXT_CUDA: "auto" (the default), "1" or "0"."""
-    value = os.environ.get("PYEXT_CUDA", "") or "auto"
+    value = os.environ.get("PYEXT_CUDA") or "auto"
     if value not in ("auto", "1", "0"):
         raise BuildError(f"PYEXT_CUDA is {value!r}; it must be auto, 1 or 0.")
     return value
@@ -41,18 +85,16 @@ def cuda_switch() -> str:
 def target_paths() -> list[str]:
     """Package folders of the environment that the build is for, the most specific first.
 
-    In pip's build environment `sys.path` leads elsewhere, but sysconfig still describes the target. A virtual
-    environment made with --system-site-packages also sees its base interpreter's packages, and an interpreter
-    outside any virtual environment also the user's.
+    In pip's build environment `sys.path` leads elsewhere, but sysconfig still describes the
+    target. A virtual environment made with --system-site-packages also sees its base
+    interpreter's packages, and an interpreter outside any virtual environment also the user's.
     """
     paths = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     if sys.prefix == sys.base_prefix:
-        if not hasattr(sys.flags, "isolated") or not sys.flags.isolated:
-            paths.append(site.getusersitepackages())
-        paths += site.getsitepackages()
+        paths += [site.getusersitepackages(), *site.getsitepackages()]
     elif _sees_system_packages(Path(sys.prefix)):
         paths += site.getsitepackages([sys.base_prefix, sys.base_exec_prefix])
-    return [path for path in dict.fromkeys(paths) if path and os.path.isdir(path)]
+    return [path for path in dict.fromkeys(paths) if os.path.isdir(path)]
 
 
 def _sees_system_packages(prefix: Path) -> bool:
@@ -65,41 +107,50 @@ def _sees_system_packages(prefix: Path) -> bool:
 
 def search_paths() -> list[str]:
     """The target's package folders, then the build environment's own."""
-    return list(dict.fromkeys([*target_paths(), *(path for path in sys.path if path)]))
+    return list(dict.fromkeys([*target_paths(), *filter(None, sys.path)]))
 
 
-def installed_version(name: str, paths: Iterable[str]) -> str | None:
-    """The version of the distribution `name` under `paths`, or None."""
-    for distribution in importlib.metadata.distributions(name=name, path=list(paths)):
-        return distribution.version
-    return None
+def is_installed(name: str, paths: Iterable[str]) -> bool:
+    """Whether the distribution `name` is under `paths`."""
+    return any(importlib.metadata.distributions(name=name, path=list(paths)))
+
+
+def release(version: str) -> tuple[int, int]:
+    """(major, minor) of a version such as "2.15.0+cu132"."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None:
+        raise BuildError(f"{version!r} is not a version number.")
+    return int(found[1]), int(found[2])
 
 
 @dataclass(frozen=True)
 class Torch:
     """A PyTorch that was found, described without importing it.
 
-    version: with its local part, such as "2.13.0+cpu"; cuda: the CUDA version that it was built with, or None;
-    hip: likewise for ROCm; path: the folder that holds the package; requires: what it depends on.
+    version: what torch.__version__ says, such as "2.15.0+cu132"; distribution: what its package
+    says ("2.15.0"), which is what a requirement must name; cuda: torch.version.cuda; hip: likewise
+    for ROCm; requires: what its package depends on.
     """
 
     version: str
+    distribution: str
     cuda: str | None
     hip: str | None
-    path: Path
     requires: tuple[str, ...]
 
     @property
-    def release(self) -> tuple[int, int]:
-        """(major, minor)."""
-        return release(self.version)
+    def is_supported(self) -> bool:
+        return release(self.version) >= release(OLDEST_TORCH)
 
+    def required(self, name: str) -> str | None:
+        """The exact version of `name` that this PyTorch depends on, or None."""
+        pattern = rf"{re.escape(name)}(\[[^\]]*\])?\s*\(?==\s*([0-9.]+)"
+        found = filter(None, (re.match(pattern, requirement) for requirement in self.requires))
+        return next((match[2] for match in found), None)
 
-def release(version: str) -> tuple[int, int]:
-    found = re.match(r"(\d+)\.(\d+)", version)
-    if found is None:
-        raise BuildError(f"{version!r} is no version of PyTorch.")
-    return int(found[1]), int(found[2])
+    @property
+    def brings_triton(self) -> bool:
+        return any(re.match(r"(pytorch-)?triton\b", item) for item in self.requires)
 
 
 def find_torch(paths: Iterable[str]) -> Torch | None:
@@ -109,20 +160,21 @@ def find_torch(paths: Iterable[str]) -> Torch | None:
             text = Path(path, "torch", "version.py").read_text()
         except OSError:
             continue
-        version = re.search(r"^__version__\s*=\s*['\"]([^'\"]+)", text, re.MULTILINE)
+
+        def value(name: str, text: str = text) -> str | None:
+            match = re.search(rf"^{name}\b[^=\n]*=\s*['\"]([^'\"]+)", text, re.MULTILINE)
+            return match and match[1]
+
+        version = value("__version__")
         if version is None:
             continue
-        values = {
-            name: re.search(rf"^{name}\b[^=\n]*=\s*['\"]([^'\"]+)", text, re.MULTILINE)
-            for name in ("cuda", "hip")
-        }
-        metadata = next(iter(importlib.metadata.distributions(name="torch", path=[path])), None)
+        found = next(iter(importlib.metadata.distributions(name="torch", path=[path])), None)
         return Torch(
-            version=version[1],
-            cuda=values["cuda"] and values["cuda"][1],
-            hip=values["hip"] and values["hip"][1],
-            path=Path(path),
-            requires=tuple((metadata.requires or ()) if metadata else ()),
+            version=version,
+            distribution=found.version if found else version.partition("+")[0],
+            cuda=value("cuda"),
+            hip=value("hip"),
+            requires=tuple(found.requires or ()) if found else (),
         )
     return None
 
@@ -131,77 +183,46 @@ def find_torch(paths: Iterable[str]) -> Torch | None:
 class CudaToolkit:
     """A CUDA compiler with the headers and libraries that a build needs.
 
-    home: the folder that holds bin/nvcc; version: such as "13.2"; library: the runtime library to link.
+    home: the folder that holds bin/nvcc; version: such as "13.2"; runtime: the runtime library;
+    packaged: whether it came from the package index.
     """
 
     home: Path
     version: str
-    library: Path
-
-
-def inspect_toolkit(home: Path, *, full: bool) -> CudaToolkit | str:
-    """The toolkit at `home`, or why it cannot be used.
-
-    full: also require the headers of NVIDIA's libraries. A toolkit of the machine's that lacks them is a
-    fragment (some images carry one), and fails for anybody who includes PyTorch's own CUDA headers.
-    """
-    needed = ["bin/nvcc", "include/cuda_runtime.h", "include/crt/host_defines.h"]
-    if full:
-        needed += ["include/cublas_v2.h", "include/cusparse.h"]
-    missing = [name for name in needed if not (home / name).exists()]
-    if missing:
-        return f"{home} lacks {', '.join(missing)}"
-    libraries = [
-        library
-        for folder in ("lib64", "lib")
-        for library in sorted((home / folder).glob("libcudart.so*"))
-    ]
-    if not libraries:
-        return f"{home} lacks libcudart.so"
-    version = nvcc_version(home / "bin" / "nvcc")
-    if version is None:
-        return f"{home}/bin/nvcc does not run"
-    return CudaToolkit(home, version, libraries[0])
-
-
-def nvcc_version(nvcc: Path) -> str | None:
-    """The release that `nvcc --version` names, such as "13.2", or None if it does not run."""
-    try:
-        text = subprocess.run(
-            [str(nvcc), "--version"], capture_output=True, text=True, timeout=60, check=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    found = re.search(r"release (\d+\.\d+)", text)
-    return found and found[1]
+    runtime: Path
+    packaged: bool
 
 
 def find_cuda_toolkit(cuda: str, paths: Iterable[str]) -> CudaToolkit | str:
     """A toolkit that fits a PyTorch built with CUDA `cuda`, or why there is none.
 
-    In this order: CUDA_HOME or CUDA_PATH (same major version is enough: whoever sets it means it), NVIDIA's
-    compiler from the package index under `paths`, then the machine's own (same major and minor version).
+    In this order: CUDA_HOME or CUDA_PATH (the same major version is enough: whoever sets it means
+    it), NVIDIA's compiler from the package index under `paths`, then the machine's own.
     """
-    major = cuda.split(".")[0]
+    major = cuda.partition(".")[0]
     reasons = []
-    explicit = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if explicit:
-        found = inspect_toolkit(Path(explicit), full=False)
-        if isinstance(found, CudaToolkit) and found.version.split(".")[0] == major:
+
+    def take(home: Path, *, packaged: bool = False, explicit: bool = False) -> CudaToolkit | None:
+        found = _inspect_toolkit(home, packaged=packaged, whole=not (packaged or explicit))
+        if isinstance(found, str):
+            reasons.append(found)
+        elif found.version == cuda or (explicit and found.version.partition(".")[0] == major):
             return found
-        reasons.append(
-            found if isinstance(found, str) else f"{explicit} holds CUDA {found.version}"
-        )
-    candidates = [(Path(path, "nvidia", f"cu{major}"), False) for path in paths]
-    candidates += [(home, True) for home in _machine_toolkits(cuda)]
-    for home, full in candidates:
-        if not (home / "bin" / "nvcc").exists():
-            continue
-        found = inspect_toolkit(home, full=full)
-        if isinstance(found, CudaToolkit) and found.version == cuda:
-            return found
-        reasons.append(found if isinstance(found, str) else f"{home} holds CUDA {found.version}")
-    detail = f" ({'; '.join(reasons)})" if reasons else ""
+        else:
+            reasons.append(f"{home} holds CUDA {found.version}")
+        return None
+
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named and (toolkit := take(Path(named), explicit=True)):
+        return toolkit
+    for path in paths:
+        home = Path(path, "nvidia", f"cu{major}")
+        if (home / "bin" / "nvcc").exists() and (toolkit := take(home, packaged=True)):
+            return toolkit
+    for home in _machine_toolkits(cuda):
+        if (home / "bin" / "nvcc").exists() and (toolkit := take(home)):
+            return toolkit
+    detail = f" ({'; '.join(dict.fromkeys(reasons))})" if reasons else ""
     return f"no CUDA {cuda} compiler was found{detail}"
 
 
@@ -211,6 +232,45 @@ def _machine_toolkits(cuda: str) -> list[Path]:
     if nvcc:
         homes.append(Path(nvcc).resolve().parent.parent)
     return list(dict.fromkeys(homes))
+
+
+def _inspect_toolkit(home: Path, *, packaged: bool, whole: bool) -> CudaToolkit | str:
+    """The toolkit at `home`, or why it cannot be used.
+
+    whole: also require the headers of NVIDIA's libraries. A toolkit of the machine's that lacks
+    them is a fragment (some images carry one) and fails with PyTorch's own CUDA headers.
+    """
+    needed = ["bin/nvcc", "include/cuda_runtime.h", "include/crt/host_defines.h"]
+    if whole:
+        needed += ["include/cublas_v2.h", "include/cusparse.h"]
+    missing = [name for name in needed if not (home / name).exists()]
+    runtimes = sorted((home / "lib64").glob("libcudart.so*")) or sorted(
+        (home / "lib").glob("libcudart.so*")
+    )
+    if not runtimes:
+        missing.append("lib64/libcudart.so")
+    if missing:
+        return f"{home} lacks {missing[0]}"
+    version = nvcc_version(home / "bin" / "nvcc")
+    if version is None:
+        return f"{home}/bin/nvcc does not run"
+    return CudaToolkit(home, version, runtimes[0], packaged)
+
+
+def nvcc_version(nvcc: Path) -> str | None:
+    """The release that `nvcc --version` names, such as "13.2", or None if it does not run."""
+    found = re.search(r"release (\d+\.\d+)", output_of([str(nvcc), "--version"]) or "")
+    return found and found[1]
+
+
+def output_of(command: list[str]) -> str | None:
+    """What `command` prints, or None if it fails."""
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def plan_cuda(torch: Torch, paths: Iterable[str]) -> CudaToolkit | str:
@@ -232,24 +292,84 @@ def plan_cuda(torch: Torch, paths: Iterable[str]) -> CudaToolkit | str:
 
 
 def cuda_architectures(cuda: str) -> str:
-    """TORCH_CUDA_ARCH_LIST, or the default list as far as the compiler of CUDA `cuda` knows it."""
+    """TORCH_CUDA_ARCH_LIST, or the default list as far as the compiler of CUDA `cuda` knows it.
+
+    PyTorch's builder derives a missing list from the GPUs that it sees, and fails if there is none.
+    """
     chosen = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if chosen:
         return chosen
     return DEFAULT_CUDA_ARCHITECTURES if release(cuda) >= (12, 8) else "8.0 9.0+PTX"
 
 
-def first_line(command: list[str]) -> str | None:
-    """The first line that `command` prints, or None if it does not run."""
-    try:
-        text = subprocess.run(
-            command, capture_output=True, text=True, timeout=60, check=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
+def _compiler_requirement(cuda: str, exact: str | None = None) -> str | None:
+    """NVIDIA's compiler from the package index, or None where that has none for CUDA `cuda`.
+
+    exact: the version of the toolkit's packages that PyTorch itself depends on.
+    """
+    machine = (platform.system(), platform.machine())
+    if machine not in (("Linux", "x86_64"), ("Linux", "aarch64")):
         return None
-    return text.partition("\n")[0]
+    if release(cuda)[0] < FIRST_CUDA_WITH_NVCC_WHEELS:
+        return None
+    return f"cuda-toolkit[nvcc,cudart,cccl]=={exact or f'{cuda}.*'}"
+
+
+def build_requirements() -> list[str]:
+    """What a wheel or an editable install needs in its build environment beyond what is there."""
+    paths = target_paths()
+    torch = find_torch(paths)
+    if torch and not torch.is_supported:
+        torch = None
+    needed = [name for name in ("ninja", "pybind11") if not is_installed(name, paths)]
+    if torch is None:
+        needed.append(f"torch=={TESTED_TORCH}.*")
+    if cuda_switch() == "0":
+        return needed
+    if torch is None:
+        compiler = _compiler_requirement(TESTED_CUDA)
+        cuda: str | None = TESTED_CUDA
+    else:
+        cuda = torch.cuda
+        compiler = cuda and _compiler_requirement(cuda, torch.required("cuda-toolkit"))
+    if cuda and compiler and isinstance(find_cuda_toolkit(cuda, paths), str):
+        needed.append(compiler)
+    return needed
+
+
+def wheel_dependencies() -> list[str]:
+    """What an installed wheel needs: any supported PyTorch, and no compiler."""
+    return [
+        f"torch>={OLDEST_TORCH}",
+        "numpy",
+        f"triton; {HAS_TRITON_WHEELS}",
+        *RUN_TIME_DEPENDENCIES,
+    ]
+
+
+def editable_dependencies() -> list[str]:
+    """What an editable install needs: the very PyTorch that it is built against, and what fits it.
+
+    Without the pin, another package's dependency (torchvision's, say) makes pip replace a CPU-only
+    or an older PyTorch. The compiler stays, for rebuilds and for the compile report.
+    """
+    paths = search_paths()
+    torch = find_torch(paths)
+    if torch is None or not torch.is_supported:
+        return wheel_dependencies()
+    dependencies = [f"torch=={torch.distribution}", *RUN_TIME_DEPENDENCIES]
+    triton = TRITON_OF_TORCH.get(release(torch.version))
+    if not torch.brings_triton:
+        dependencies.append(f"triton{f'=={triton}.*' if triton else ''}; {HAS_TRITON_WHEELS}")
+    # The interpreter of Triton 3.6 fails with NumPy 2.4 in a loop over a run-time range.
+    dependencies.append("numpy<2.4" if triton == "3.6" else "numpy")
+    toolkit = plan_cuda(torch, paths)
+    if isinstance(toolkit, CudaToolkit) and toolkit.packaged:
+        compiler = _compiler_requirement(toolkit.version, torch.required("cuda-toolkit"))
+        dependencies += filter(None, [compiler])
+    return dependencies
 
 
 def dependencies() -> list[str]:
-    """What the installed package needs at run time."""
-    return [f"torch>={OLDEST_TORCH}"]
+    """The dependencies to write into the package's metadata."""
+    return editable_dependencies() if os.environ.get(EDITABLE) else wheel_dependencies()
