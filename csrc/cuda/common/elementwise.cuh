@@ -1,0 +1,79 @@
+// The loop of every elementwise kernel: out[i] = operation(in0[i], in1[i], ...).
+//
+// Memory-bound: each thread keeps several 16-byte loads in flight before the first use. Blocks of
+// 256 threads stride over the grid; indices are 64-bit; the tail that fills no vector is scalar.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+
+#include "numeric.cuh"
+
+namespace pyext {
+
+constexpr int ELEMENTWISE_THREADS = 256;
+constexpr int VECTORS_IN_FLIGHT = 4;
+
+// One block per 1024 vectors; the grid-stride loop takes over where the grid would get longer than
+// 2^20 blocks, far beyond what any device holds at once.
+inline LaunchShape elementwise_shape(int64_t n, int width) {
+  const int64_t per_block = int64_t{ELEMENTWISE_THREADS} * VECTORS_IN_FLIGHT * width;
+  const int64_t blocks = std::min<int64_t>(ceil_div(n, per_block), int64_t{1} << 20);
+  return {dim3(static_cast<unsigned>(blocks)), dim3(ELEMENTWISE_THREADS)};
+}
+
+// Calls body(first, lane_count) for every vector of this thread, `VECTORS_IN_FLIGHT` at a time:
+// `visit(base, vectors)` receives the first vector's index and the number of vectors in all.
+template <class Visit>
+__device__ __forceinline__ void for_each_chunk(int64_t vectors, Visit visit) {
+  const int64_t chunk = int64_t{ELEMENTWISE_THREADS} * VECTORS_IN_FLIGHT;
+  for (int64_t first = blockIdx.x * chunk + threadIdx.x; first < vectors;
+       first += gridDim.x * chunk) {
+    visit(first);
+  }
+}
+
+template <int Width, class T, class Operation, std::size_t... Input>
+__device__ __forceinline__ void map_elements(std::index_sequence<Input...>, Operation operation,
+                                             int64_t n, T* out,
+                                             const T* const (&inputs)[sizeof...(Input)]) {
+  const int64_t vectors = n / Width;
+  for_each_chunk(vectors, [&](int64_t first) {
+    Vector<T, Width> loaded[VECTORS_IN_FLIGHT][sizeof...(Input)];
+#pragma unroll
+    for (int i = 0; i < VECTORS_IN_FLIGHT; ++i) {
+      const int64_t vector = first + i * ELEMENTWISE_THREADS;
+      if (vector < vectors) {
+        ((loaded[i][Input] = load_vector<T, Width>(inputs[Input] + vector * Width)), ...);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < VECTORS_IN_FLIGHT; ++i) {
+      const int64_t vector = first + i * ELEMENTWISE_THREADS;
+      if (vector < vectors) {
+        Vector<T, Width> result;
+#pragma unroll
+        for (int j = 0; j < Width; ++j) result.at[j] = operation(loaded[i][Input].at[j]...);
+        store_vector(out + vector * Width, result);
+      }
+    }
+  });
+  const int64_t tail = vectors * Width + threadIdx.x;
+  if (blockIdx.x == 0 && tail < n) out[tail] = operation(inputs[Input][tail]...);
+}
+
+// To be called by all threads of a kernel launched with `elementwise_shape(n, Width)`. With
+// Width > 1 all pointers are 16-byte aligned.
+template <int Width, class T, class Operation, class... Inputs>
+__device__ __forceinline__ void map_elements(Operation operation, int64_t n, T* out,
+                                             const Inputs*... inputs) {
+  const T* const table[] = {inputs...};
+  map_elements<Width>(std::index_sequence_for<Inputs...>{}, operation, n, out, table);
+}
+
+template <class... Pointers>
+bool all_aligned_to_16(const Pointers*... pointers) {
+  return (is_aligned(pointers, 16) && ...);
+}
+
+}  // namespace pyext

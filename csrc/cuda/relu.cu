@@ -1,0 +1,59 @@
+// CUDA implementations of relu_forward and relu_backward.
+#include "common/tensor.h"
+
+#include "introspect.h"
+#include "relu.cuh"
+
+namespace pyext {
+namespace {
+
+#define PYEXT_REGISTER(kernel, T)                                                             \
+  PYEXT_REGISTER_KERNEL(#kernel "<" #T ", 16 bytes>", (kernel<T, ELEMENTS_PER_16_BYTES<T>>)); \
+  PYEXT_REGISTER_KERNEL(#kernel "<" #T ", 1>", (kernel<T, 1>));
+PYEXT_REGISTER(relu_forward_kernel, double)
+PYEXT_REGISTER(relu_forward_kernel, float)
+PYEXT_REGISTER(relu_forward_kernel, __half)
+PYEXT_REGISTER(relu_forward_kernel, __nv_bfloat16)
+PYEXT_REGISTER(relu_forward_kernel, uint8_t)
+PYEXT_REGISTER(relu_forward_kernel, int8_t)
+PYEXT_REGISTER(relu_forward_kernel, int16_t)
+PYEXT_REGISTER(relu_forward_kernel, int32_t)
+PYEXT_REGISTER(relu_forward_kernel, int64_t)
+PYEXT_REGISTER(relu_backward_kernel, double)
+PYEXT_REGISTER(relu_backward_kernel, float)
+PYEXT_REGISTER(relu_backward_kernel, __half)
+PYEXT_REGISTER(relu_backward_kernel, __nv_bfloat16)
+
+Tensor relu_forward_op(const Tensor& x) {
+  const OnDeviceOf device(x);
+  const Tensor out = torch::stable::empty_like(x);
+  const Tensor dense = in_layout_of(out, x);
+  dispatch_floating_or_integer("relu_forward", x.scalar_type(), [&](auto element) {
+    using T = typename decltype(element)::type;
+    relu_forward(const_data<T>(dense), mutable_data<T>(out), out.numel(), device.stream);
+  });
+  return out;
+}
+
+Tensor relu_backward_op(const Tensor& grad, const Tensor& out) {
+  STD_TORCH_CHECK(same_sizes(grad, out), "relu_backward: grad and out must have the same shape");
+  check_matches("relu_backward", "out", out, grad);
+  const OnDeviceOf device(out);
+  const Tensor grad_x = torch::stable::empty_like(out);
+  const Tensor dense_grad = in_layout_of(grad_x, grad);
+  const Tensor dense_out = in_layout_of(grad_x, out);
+  dispatch_floating("relu_backward", out.scalar_type(), [&](auto element) {
+    using T = typename decltype(element)::type;
+    relu_backward(const_data<T>(dense_grad), const_data<T>(dense_out), mutable_data<T>(grad_x),
+                  out.numel(), device.stream);
+  });
+  return grad_x;
+}
+
+PYEXT_KERNEL_LIBRARY(m) {
+  m.impl("relu_forward", TORCH_BOX(&relu_forward_op));
+  m.impl("relu_backward", TORCH_BOX(&relu_backward_op));
+}
+
+}  // namespace
+}  // namespace pyext
