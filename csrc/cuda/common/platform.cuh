@@ -65,7 +65,8 @@ void launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_
   config.blockDim = shape.block;
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
-  PYEXT_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, arguments...));
+  // cudaGetLastError reports the same error and clears it, so that no later check meets it again.
+  static_cast<void>(cudaLaunchKernelEx(&config, kernel, arguments...));
   PYEXT_CHECK_CUDA(cudaGetLastError());
 }
 

@@ -43,7 +43,7 @@ struct Tile {
 // (128 registers a thread); each step of k then costs four 16-byte shared reads per 64 FMAs.
 using LargeTile = Tile<128, 128, 16, 8, 8, 2>;
 using MediumTile = Tile<64, 64, 16, 8, 4, 3>;
-using SmallTile = Tile<32, 32, 16, 4, 4, 5>;
+using SmallTile = Tile<32, 32, 16, 4, 4, 4>;
 
 enum class TileChoice { small, medium, large };
 
@@ -354,8 +354,13 @@ inline ProductPlan plan_product(int64_t m, int64_t n, int64_t k, bool has_large_
   constexpr Candidate LARGE{TileChoice::large, LargeTile::ROWS, LargeTile::COLUMNS, 128, 512};
   constexpr Candidate MEDIUM{TileChoice::medium, MediumTile::ROWS, MediumTile::COLUMNS, 192, 256};
   constexpr Candidate SMALL{TileChoice::small, SmallTile::ROWS, SmallTile::COLUMNS, 256, 64};
-  const auto tiles = [&](const Candidate& c) { return ceil_div(m, c.rows) * ceil_div(n, c.columns); };
-  const auto most_parts = [&](const Candidate& c) { return std::max<int64_t>(k / c.least_depth, 1); };
+  // An empty C counts as one tile, which nobody launches.
+  const auto tiles = [&](const Candidate& c) {
+    return std::max<int64_t>(ceil_div(m, c.rows) * ceil_div(n, c.columns), 1);
+  };
+  const auto most_parts = [&](const Candidate& c) {
+    return std::max<int64_t>(k / c.least_depth, 1);
+  };
   const auto plan = [&](const Candidate& c) {
     return plan_with(c.tile, m, n, k,
                      std::min(ceil_div(c.enough_blocks, tiles(c)), most_parts(c)));

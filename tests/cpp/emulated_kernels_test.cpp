@@ -1,0 +1,822 @@
+// Runs every CUDA kernel in the emulator and compares it with naive loops in float64: odd sizes, any
+// strides, unaligned pointers, every tile and every split. Then shows that the emulator reports what a
+// kernel must not do. No PyTorch, no GPU.
+#include <cmath>
+#include <cstdio>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/relu.cuh"
+#include "../../csrc/cuda/two_layer_sgd_step.cuh"
+
+namespace {
+
+using namespace pyext;
+
+int failures = 0;
+int checks = 0;
+
+void expect(bool condition, const std::string& what) {
+  ++checks;
+  if (condition) return;
+  if (++failures <= 40) std::printf("FAILED: %s\n", what.c_str());
+}
+
+template <class T>
+double to_double(T value) {
+  if constexpr (std::is_arithmetic_v<T>) {
+    return static_cast<double>(value);
+  } else {
+    return to_accumulate(value);
+  }
+}
+
+template <class T>
+T from_double(double value) {
+  if constexpr (std::is_arithmetic_v<T>) {
+    return static_cast<T>(value);
+  } else {
+    return from_accumulate<T>(static_cast<float>(value));
+  }
+}
+
+template <class T>
+double rounded(double value) {
+  return to_double(from_double<T>(value));
+}
+
+template <class T>
+constexpr const char* NAME = "?";
+template <>
+constexpr const char* NAME<double> = "float64";
+template <>
+constexpr const char* NAME<float> = "float32";
+template <>
+constexpr const char* NAME<__half> = "float16";
+template <>
+constexpr const char* NAME<__nv_bfloat16> = "bfloat16";
+
+// Half a unit in the last place, relative.
+template <class T>
+constexpr double ROUNDING = 0;
+template <>
+constexpr double ROUNDING<double> = 1.2e-16;
+template <>
+constexpr double ROUNDING<float> = 6e-8;
+template <>
+constexpr double ROUNDING<__half> = 4.9e-4;
+template <>
+constexpr double ROUNDING<__nv_bfloat16> = 3.95e-3;
+
+std::mt19937_64 generator(20240607);
+
+double normal() { return std::normal_distribution<double>()(generator); }
+
+// Memory with canaries around it; `offset` elements away from 16-byte alignment.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count, int offset = 0)
+      : count_(count), bytes_((count + offset) * sizeof(T) + 2 * MARGIN + 16, CANARY) {
+    start_ = MARGIN + offset * sizeof(T);
+    start_ += (16 - (reinterpret_cast<std::uintptr_t>(bytes_.data()) + MARGIN) % 16) % 16;
+  }
+
+  T* data() { return reinterpret_cast<T*>(bytes_.data() + start_); }
+  T& operator[](int64_t i) { return data()[i]; }
+  int64_t size() const { return count_; }
+
+  void fill_normal() {
+    for (int64_t i = 0; i < count_; ++i) data()[i] = from_double<T>(normal());
+  }
+
+  bool surroundings_untouched() const {
+    for (std::size_t i = 0; i < bytes_.size(); ++i) {
+      const bool inside = i >= start_ && i < start_ + count_ * sizeof(T);
+      if (!inside && bytes_[i] != CANARY) return false;
+    }
+    return true;
+  }
+
+ private:
+  static constexpr unsigned char CANARY = 0xa5;
+  static constexpr std::size_t MARGIN = 64;
+  int64_t count_;
+  std::vector<unsigned char> bytes_;
+  std::size_t start_;
+};
+
+class HostScratch : public Scratch {
+  void* allocate_bytes(int64_t bytes) override {
+    held_.push_back(std::make_unique<Buffer<unsigned char>>(bytes));
+    for (int64_t i = 0; i < bytes; ++i) (*held_.back())[i] = 0xff;  // nan until written
+    return held_.back()->data();
+  }
+  std::vector<std::unique_ptr<Buffer<unsigned char>>> held_;
+
+ public:
+  bool surroundings_untouched() const {
+    for (const auto& buffer : held_) {
+      if (!buffer->surroundings_untouched()) return false;
+    }
+    return true;
+  }
+};
+
+bool same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }
+
+// ---------------------------------------------------------------- elementwise
+
+template <class T>
+void fill_with_specials(Buffer<T>& buffer) {
+  for (int64_t i = 0; i < buffer.size(); ++i) buffer[i] = from_double<T>(normal() * 40);
+  if constexpr (!std::is_integral_v<T>) {
+    const double specials[] = {NAN, -0.0, 0.0, INFINITY, -INFINITY};
+    for (int64_t i = 0; i < buffer.size() && i < 5; ++i) {
+      buffer[(i * 7) % buffer.size()] = from_double<T>(specials[i]);
+    }
+  }
+}
+
+const int64_t ELEMENT_COUNTS[] = {0, 1, 2, 3, 15, 16, 17, 255, 1025, 4096, 16391, 33000};
+
+template <class T>
+void test_relu_forward() {
+  for (const int64_t n : ELEMENT_COUNTS) {
+    for (const int offset : {0, 1}) {
+      Buffer<T> x(n, offset);
+      Buffer<T> out(n);
+      fill_with_specials(x);
+      relu_forward<T>(x.data(), out.data(), n, nullptr);
+      bool right = true;
+      for (int64_t i = 0; i < n; ++i) {
+        const double value = to_double(x[i]);
+        const double expected = value < 0 ? 0 : value;
+        const double got = to_double(out[i]);
+        right &= same(got, expected) && std::signbit(got) == std::signbit(expected);
+      }
+      expect(right && out.surroundings_untouched(), "relu_forward, n " + std::to_string(n));
+    }
+  }
+}
+
+template <class T>
+void test_relu_backward() {
+  for (const int64_t n : ELEMENT_COUNTS) {
+    for (const int offset : {0, 1}) {
+      Buffer<T> grad(n, offset);
+      Buffer<T> out(n);
+      Buffer<T> grad_x(n);
+      grad.fill_normal();
+      fill_with_specials(out);
+      relu_backward<T>(grad.data(), out.data(), grad_x.data(), n, nullptr);
+      bool right = true;
+      for (int64_t i = 0; i < n; ++i) {
+        const double expected = to_double(out[i]) <= 0 ? 0 : to_double(grad[i]);
+        right &= same(to_double(grad_x[i]), expected);
+      }
+      expect(right && grad_x.surroundings_untouched(), "relu_backward, n " + std::to_string(n));
+    }
+  }
+}
+
+template <class T>
+void test_mse_loss() {
+  for (const int64_t n : ELEMENT_COUNTS) {
+    for (const int offset : {0, 1}) {
+      const std::string name = std::string("mse_loss ") + NAME<T> + ", n " + std::to_string(n) +
+                               ", offset " + std::to_string(offset) + ": ";
+      Buffer<T> input(n, offset);
+      Buffer<T> target(n);
+      Buffer<T> grad(n);
+      input.fill_normal();
+      target.fill_normal();
+      grad.fill_normal();
+      double sum = 0;
+      for (int64_t i = 0; i < n; ++i) sum += std::pow(to_double(input[i]) - to_double(target[i]), 2);
+
+      Buffer<T> squares(n);
+      mse_loss_elementwise<T>(input.data(), target.data(), squares.data(), n, nullptr);
+      bool right = squares.surroundings_untouched();
+      for (int64_t i = 0; i < n; ++i) {
+        const double expected = std::pow(to_double(input[i]) - to_double(target[i]), 2);
+        right &= std::fabs(to_double(squares[i]) - expected) <= 8 * ROUNDING<T> * expected + 1e-7;
+      }
+      expect(right, name + "none");
+
+      for (const bool mean : {false, true}) {
+        HostScratch scratch;
+        Buffer<T> loss(1);
+        mse_loss_reduced<T>(input.data(), target.data(), mean, loss.data(), n, scratch, nullptr);
+        const double expected = rounded<T>(mean ? sum / n : sum);
+        const double error = std::fabs(to_double(loss[0]) - expected);
+        expect(same(to_double(loss[0]), expected) ||
+                   error <= (2 * ROUNDING<T> + 64 * ROUNDING<Accumulate<T>>)*expected,
+               name + (mean ? "mean" : "sum"));
+        expect(loss.surroundings_untouched() && scratch.surroundings_untouched(), name + "bounds");
+
+        for (const bool elementwise : {false, true}) {
+          Buffer<T> grad_input(n);
+          const T* grads = n == 0 ? nullptr : grad.data();
+          mse_loss_backward<T>(grads, elementwise, input.data(), target.data(), mean,
+                               grad_input.data(), n, nullptr);
+          bool gradients_right = grad_input.surroundings_untouched();
+          for (int64_t i = 0; i < n; ++i) {
+            const double g = to_double(grad[elementwise ? i : 0]);
+            const double wanted =
+                g * 2 * (to_double(input[i]) - to_double(target[i])) / (mean ? n : 1);
+            const double subnormal = std::is_same_v<T, __half> ? 6e-8 : 0;
+            gradients_right &= std::fabs(to_double(grad_input[i]) - wanted) <=
+                               (2 * ROUNDING<T> + 8 * ROUNDING<Accumulate<T>>)*std::fabs(wanted) +
+                                   subnormal;
+          }
+          expect(gradients_right, name + "backward");
+        }
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------- products
+
+enum class Layout { rows, columns, strided, unaligned, expanded_rows };
+const Layout LAYOUTS[] = {Layout::rows, Layout::columns, Layout::strided, Layout::unaligned,
+                          Layout::expanded_rows};
+
+// A matrix of random numbers in the given layout.
+template <class T>
+struct Operand {
+  Operand(int64_t rows, int64_t columns, Layout layout)
+      : buffer(3 * rows * columns + 8 * rows + 8 * columns + 1, layout == Layout::unaligned ? 1 : 0),
+        rows(rows),
+        columns(columns) {
+    buffer.fill_normal();
+    switch (layout) {
+      case Layout::rows:
+        view = {buffer.data(), columns, 1};
+        break;
+      case Layout::columns:
+        view = {buffer.data(), 1, rows};
+        break;
+      case Layout::strided:
+        view = {buffer.data(), 3 * columns + 1, 3};
+        break;
+      case Layout::unaligned:
+        view = {buffer.data(), columns + 3, 1};
+        break;
+      case Layout::expanded_rows:
+        view = {buffer.data(), 0, 1};
+        break;
+    }
+    constant = {view.data, view.row_stride, view.column_stride};
+  }
+
+  double at(int64_t row, int64_t column) const {
+    return to_double(view.data[row * view.row_stride + column * view.column_stride]);
+  }
+
+  // The values, so that an update in place can be compared with what was there before.
+  std::vector<double> values() const {
+    std::vector<double> result;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; ++j) result.push_back(at(i, j));
+    }
+    return result;
+  }
+
+  Buffer<T> buffer;
+  int64_t rows;
+  int64_t columns;
+  Matrix<T> view;
+  Matrix<const T> constant;
+};
+
+// Rows of doubles, the naive side.
+struct Dense {
+  int64_t rows;
+  int64_t columns;
+  std::vector<double> values;
+
+  double& at(int64_t i, int64_t j) { return values[i * columns + j]; }
+};
+
+using Element = std::function<double(int64_t, int64_t)>;
+
+Dense naive_product(int64_t m, int64_t n, int64_t k, const Element& a, const Element& b) {
+  Dense c{m, n, std::vector<double>(m * n)};
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      double sum = 0;
+      for (int64_t l = 0; l < k; ++l) sum += a(i, l) * b(l, j);
+      c.at(i, j) = sum;
+    }
+  }
+  return c;
+}
+
+template <class T>
+Element element_of(const Operand<T>& operand) {
+  return [&](int64_t i, int64_t j) { return operand.at(i, j); };
+}
+
+Element transposed(const Element& e) {
+  return [=](int64_t i, int64_t j) { return e(j, i); };
+}
+
+// `terms` is the number of rounded operations behind one element, `scale` their magnitude.
+template <class T>
+void expect_close(double got, double expected, int64_t terms, double scale,
+                  const std::string& name) {
+  const double tolerance =
+      4 * ROUNDING<T> * (std::fabs(expected) + 1e-3) +
+      ROUNDING<Accumulate<T>>*(terms + 8) * (scale + std::fabs(expected));
+  expect(std::fabs(got - expected) <= tolerance,
+         name + ": got " + std::to_string(got) + ", expected " + std::to_string(expected));
+}
+
+template <class T>
+void expect_matrix(Buffer<T>& got, Dense expected, int64_t terms, double scale,
+                   const std::string& name) {
+  expect(got.surroundings_untouched(), name + ": wrote out of bounds");
+  for (std::size_t i = 0; i < expected.values.size(); ++i) {
+    expect_close<T>(to_double(got[i]), expected.values[i], terms, scale, name);
+  }
+}
+
+template <class T>
+void test_product() {
+  struct Size {
+    int64_t m, n, k;
+  };
+  const Size sizes[] = {{1, 1, 1}, {5, 3, 0}, {33, 17, 5}, {31, 66, 49}, {130, 132, 40}};
+  for (const Size& size : sizes) {
+    for (const Layout layout_a : LAYOUTS) {
+      for (const Layout layout_b : LAYOUTS) {
+        Operand<T> a(size.m, size.k, layout_a);
+        Operand<T> b(size.k, size.n, layout_b);
+        Operand<T> bias(1, size.n, Layout::strided);
+        Dense expected =
+            naive_product(size.m, size.n, size.k, element_of(a), element_of(b));
+        for (int64_t i = 0; i < size.m; ++i) {
+          for (int64_t j = 0; j < size.n; ++j) {
+            expected.at(i, j) = std::fmax(expected.at(i, j) + bias.at(0, j), 0);
+          }
+        }
+        for (const TileChoice tile :
+             {TileChoice::small, TileChoice::medium, TileChoice::large}) {
+          if (tile == TileChoice::large && !HAS_LARGE_TILE<T>) continue;
+          for (const int parts : {1, 3}) {
+            const ProductPlan plan = plan_with(tile, size.m, size.n, size.k, parts);
+            if (parts > 1 && plan.parts == 1) continue;
+            HostScratch scratch;
+            Buffer<T> out(size.m * size.n);
+            const StoreBias<T, true> epilogue{row_major(out.data(), size.n), bias.view.data,
+                                              bias.view.column_stride};
+            product(plan, a.constant, b.constant, size.m, size.n, size.k, epilogue, scratch,
+                    nullptr);
+            const std::string name =
+                std::string("product ") + NAME<T> + " " + std::to_string(size.m) + "x" +
+                std::to_string(size.n) + "x" + std::to_string(size.k) + ", layouts " +
+                std::to_string(int(layout_a)) + " " + std::to_string(int(layout_b)) + ", tile " +
+                std::to_string(int(tile)) + ", parts " + std::to_string(plan.parts);
+            expect_matrix(out, expected, size.k, 4 * std::sqrt(size.k + 1.0), name);
+            expect(scratch.surroundings_untouched(), name + ": scratch");
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void test_column_sum() {
+  for (const int64_t rows : {0, 1, 7, 64, 300}) {
+    for (const int64_t columns : {1, 31, 33, 70}) {
+      for (const Layout layout : LAYOUTS) {
+        Operand<T> matrix(rows, columns, layout);
+        Dense expected{1, columns, std::vector<double>(columns)};
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t j = 0; j < columns; ++j) expected.at(0, j) += matrix.at(i, j);
+        }
+        HostScratch scratch;
+        Buffer<T> out(columns);
+        column_sum(matrix.constant, rows, columns, out.data(), scratch, nullptr);
+        expect_matrix(out, expected, rows, 4 * std::sqrt(rows + 1.0),
+                      std::string("column_sum ") + NAME<T> + " " + std::to_string(rows) + "x" +
+                          std::to_string(columns));
+        expect(scratch.surroundings_untouched(), "column_sum: scratch");
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------- two-layer network
+
+template <class T>
+struct Network {
+  Network(const TwoLayerSize& size, Layout layout)
+      : size(size),
+        x(size.batch, size.in, layout),
+        y(size.batch, size.out, layout),
+        w1(size.in, size.hidden, layout),
+        w2(size.hidden, size.out, layout),
+        b1(1, size.hidden, layout),
+        b2(1, size.out, layout),
+        name(std::string(NAME<T>) + " " + std::to_string(size.batch) + "x" +
+             std::to_string(size.in) + "x" + std::to_string(size.hidden) + "x" +
+             std::to_string(size.out) + ", layout " + std::to_string(int(layout))) {}
+
+  // Activations as the kernels store them, rounded to T.
+  Dense naive_hidden(bool bias) {
+    Dense hidden =
+        naive_product(size.batch, size.hidden, size.in, element_of(x), element_of(w1));
+    for (int64_t i = 0; i < size.batch; ++i) {
+      for (int64_t j = 0; j < size.hidden; ++j) {
+        const double value = hidden.at(i, j) + (bias ? b1.at(0, j) : 0);
+        hidden.at(i, j) = rounded<T>(value < 0 ? 0 : value);
+      }
+    }
+    return hidden;
+  }
+
+  Dense naive_out(Dense& hidden, bool bias) {
+    Dense out = naive_product(
+        size.batch, size.out, size.hidden,
+        [&](int64_t i, int64_t j) { return hidden.at(i, j); }, element_of(w2));
+    if (bias) {
+      for (int64_t i = 0; i < size.batch; ++i) {
+        for (int64_t j = 0; j < size.out; ++j) out.at(i, j) += b2.at(0, j);
+      }
+    }
+    return out;
+  }
+
+  double hidden_scale() const { return 6 * std::sqrt(size.in + 1.0); }
+  // Includes what one rounding of the activations to T does to an output.
+  double out_scale() const {
+    return hidden_scale() * 6 * std::sqrt(size.hidden + 1.0) *
+           (1 + ROUNDING<T> / ROUNDING<Accumulate<T>> / 64);
+  }
+
+  TwoLayerSize size;
+  Operand<T> x, y, w1, w2, b1, b2;
+  std::string name;
+};
+
+const TwoLayerSize NETWORKS[] = {
+    {1, 1, 1, 1}, {0, 5, 4, 3}, {5, 0, 4, 3}, {6, 3, 0, 2},      {4, 3, 2, 0},
+    {7, 5, 9, 3}, {33, 70, 34, 10}, {64, 200, 100, 10}, {65, 13, 67, 66},
+};
+
+template <class T>
+void test_two_layer_forward() {
+  for (const TwoLayerSize& size : NETWORKS) {
+    for (const Layout layout : LAYOUTS) {
+      for (const bool bias : {false, true}) {
+        Network<T> net(size, layout);
+        Dense hidden_expected = net.naive_hidden(bias);
+        Dense out_expected = net.naive_out(hidden_expected, bias);
+        HostScratch scratch;
+        Buffer<T> hidden(size.batch * size.hidden);
+        Buffer<T> out(size.batch * size.out);
+        const Bias<T> b1{bias ? net.b1.view.data : nullptr, net.b1.view.column_stride};
+        const Bias<T> b2{bias ? net.b2.view.data : nullptr, net.b2.view.column_stride};
+        two_layer_forward(size, net.x.constant, net.w1.constant, b1, net.w2.constant, b2,
+                          hidden.data(), out.data(), scratch, nullptr);
+        expect_matrix(hidden, hidden_expected, size.in, net.hidden_scale(),
+                      "two_layer_forward hidden " + net.name);
+        expect_matrix(out, out_expected, size.in + size.hidden, net.out_scale(),
+                      "two_layer_forward out " + net.name);
+        expect(scratch.surroundings_untouched(), "two_layer_forward scratch " + net.name);
+
+        for (const Reduction reduction : {Reduction::none, Reduction::mean, Reduction::sum}) {
+          const int64_t n = size.batch * size.out;
+          Dense difference = out_expected;
+          double sum = 0;
+          for (int64_t i = 0; i < size.batch; ++i) {
+            for (int64_t j = 0; j < size.out; ++j) {
+              difference.at(i, j) -= net.y.at(i, j);
+              sum += difference.at(i, j) * difference.at(i, j);
+            }
+          }
+          HostScratch loss_scratch;
+          Buffer<T> difference_got(n);
+          Buffer<T> loss(reduction == Reduction::none ? n : 1);
+          two_layer_mse_loss_forward(size, net.x.constant, net.y.constant, net.w1.constant, b1,
+                                     net.w2.constant, b2, reduction, hidden.data(),
+                                     difference_got.data(), loss.data(), loss_scratch, nullptr);
+          const std::string name = "two_layer_mse_loss_forward " + net.name;
+          expect_matrix(difference_got, difference, size.in + size.hidden, net.out_scale(), name);
+          if (reduction == Reduction::none) {
+            Dense squares = difference;
+            double largest = 0;
+            for (double& value : squares.values) {
+              largest = std::fmax(largest, std::fabs(value));
+              value *= value;
+            }
+            if (!std::is_same_v<T, __half> || largest < 200) {  // 65504 ends float16
+              expect_matrix(loss, squares, size.in + size.hidden, 2 * largest * net.out_scale(),
+                            name + " squares");
+            }
+          } else {
+            const double expected = reduction == Reduction::mean ? sum / n : sum;
+            if (n == 0 && reduction == Reduction::mean) {
+              expect(std::isnan(to_double(loss[0])), name + ": the mean of nothing is nan");
+            } else if (!std::is_same_v<T, __half> || expected < 60000) {
+              expect(std::fabs(to_double(loss[0]) - expected) <=
+                         (8 * ROUNDING<T> + 1e4 * ROUNDING<Accumulate<T>>)*expected,
+                     name + " loss");
+            }
+          }
+          expect(loss.surroundings_untouched() && loss_scratch.surroundings_untouched(),
+                 name + " bounds");
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void test_two_layer_backward() {
+  for (const TwoLayerSize& size : NETWORKS) {
+    for (const Layout layout : LAYOUTS) {
+      for (const bool with_grad_hidden : {false, true}) {
+        Network<T> net(size, layout);
+        Operand<T> grad_out(size.batch, size.out, layout);
+        Operand<T> grad_hidden(size.batch, size.hidden, layout);
+        Operand<T> hidden(size.batch, size.hidden, layout);  // about half of it is negative
+        Dense d = naive_product(size.batch, size.hidden, size.out, element_of(grad_out),
+                                transposed(element_of(net.w2)));
+        for (int64_t i = 0; i < size.batch; ++i) {
+          for (int64_t j = 0; j < size.hidden; ++j) {
+            const double value = d.at(i, j) + (with_grad_hidden ? grad_hidden.at(i, j) : 0);
+            d.at(i, j) = hidden.at(i, j) <= 0 ? 0 : rounded<T>(value);
+          }
+        }
+        const Element d_element = [&](int64_t i, int64_t j) { return d.at(i, j); };
+        HostScratch scratch;
+        Buffer<T> grad_x(size.batch * size.in);
+        Buffer<T> grad_w1(size.in * size.hidden);
+        Buffer<T> grad_w2(size.hidden * size.out);
+        Buffer<T> grad_b1(size.hidden);
+        Buffer<T> grad_b2(size.out);
+        const TwoLayerGradients<T> gradients{grad_x.data(), grad_w1.data(), grad_w2.data(),
+                                             grad_b1.data(), grad_b2.data()};
+        two_layer_backward(size, grad_out.constant,
+                           with_grad_hidden ? grad_hidden.constant : Matrix<const T>{},
+                           net.x.constant, net.w1.constant, net.w2.constant, hidden.constant,
+                           gradients, scratch, nullptr);
+        const double d_scale = 6 * std::sqrt(size.out + 1.0) *
+                               (1 + ROUNDING<T> / ROUNDING<Accumulate<T>> / 64);
+        const auto check = [&](Buffer<T>& got, const Dense& expected, int64_t terms, double scale,
+                               const char* what) {
+          expect_matrix(got, expected, size.out + terms, scale * 6 * std::sqrt(terms + 1.0),
+                        std::string("two_layer_backward ") + what + " " + net.name);
+        };
+        check(grad_x,
+              naive_product(size.batch, size.in, size.hidden, d_element,
+                            transposed(element_of(net.w1))),
+              size.hidden, d_scale, "x");
+        check(grad_w1,
+              naive_product(size.in, size.hidden, size.batch, transposed(element_of(net.x)),
+                            d_element),
+              size.batch, d_scale, "w1");
+        check(grad_w2,
+              naive_product(size.hidden, size.out, size.batch, transposed(element_of(hidden)),
+                            element_of(grad_out)),
+              size.batch, 1, "w2");
+        const Element one = [](int64_t, int64_t) { return 1.0; };
+        check(grad_b1, naive_product(1, size.hidden, size.batch, one, d_element), size.batch,
+              d_scale, "b1");
+        check(grad_b2, naive_product(1, size.out, size.batch, one, element_of(grad_out)),
+              size.batch, 1, "b2");
+        expect(scratch.surroundings_untouched(), "two_layer_backward scratch " + net.name);
+      }
+    }
+  }
+}
+
+// Small weights, so that activations and losses stay near 1 in float16.
+template <class T>
+void shrink(Operand<T>& operand, double factor) {
+  for (int64_t i = 0; i < operand.buffer.size(); ++i) {
+    operand.buffer[i] = from_double<T>(to_double(operand.buffer[i]) * factor);
+  }
+}
+
+template <class T>
+void test_two_layer_sgd_step() {
+  const double lr = 1.0 / 1024 + 1e-12;  // the last bits are lost if it passes through float32
+  for (const TwoLayerSize& size : NETWORKS) {
+    for (const Layout layout_x : LAYOUTS) {
+      for (const Layout layout_w :
+           {Layout::rows, Layout::columns, Layout::strided, Layout::unaligned}) {
+        Network<T> net(size, layout_x);
+        Operand<T> w1(size.in, size.hidden, layout_w);
+        Operand<T> w2(size.hidden, size.out, layout_w);
+        shrink(w1, 1 / std::sqrt(size.in + 1.0));
+        shrink(w2, 1 / std::sqrt(size.hidden + 1.0));
+        net.w1 = w1;
+        net.w2 = w2;
+        net.w1.view.data = net.w1.buffer.data();
+        net.w2.view.data = net.w2.buffer.data();
+        Dense hidden = net.naive_hidden(false);
+        Dense g = net.naive_out(hidden, false);
+        double loss_expected = 0;
+        for (int64_t i = 0; i < size.batch; ++i) {
+          for (int64_t j = 0; j < size.out; ++j) {
+            const double difference = g.at(i, j) - net.y.at(i, j);
+            loss_expected += difference * difference;
+            g.at(i, j) = rounded<T>(2 * difference);
+          }
+        }
+        const Element g_element = [&](int64_t i, int64_t j) { return g.at(i, j); };
+        const Element hidden_element = [&](int64_t i, int64_t j) { return hidden.at(i, j); };
+        Dense d = naive_product(size.batch, size.hidden, size.out, g_element,
+                                transposed(element_of(net.w2)));
+        for (int64_t i = 0; i < size.batch; ++i) {
+          for (int64_t j = 0; j < size.hidden; ++j) {
+            d.at(i, j) = hidden.at(i, j) <= 0 ? 0 : rounded<T>(d.at(i, j));
+          }
+        }
+        const Element d_element = [&](int64_t i, int64_t j) { return d.at(i, j); };
+        Dense w1_expected = naive_product(size.in, size.hidden, size.batch,
+                                          transposed(element_of(net.x)), d_element);
+        Dense w2_expected = naive_product(size.hidden, size.out, size.batch,
+                                          transposed(hidden_element), g_element);
+        for (int64_t i = 0; i < size.in; ++i) {
+          for (int64_t j = 0; j < size.hidden; ++j) {
+            w1_expected.at(i, j) = net.w1.at(i, j) - lr * w1_expected.at(i, j);
+          }
+        }
+        for (int64_t i = 0; i < size.hidden; ++i) {
+          for (int64_t j = 0; j < size.out; ++j) {
+            w2_expected.at(i, j) = net.w2.at(i, j) - lr * w2_expected.at(i, j);
+          }
+        }
+
+        HostScratch scratch;
+        Buffer<T> loss(1);
+        two_layer_sgd_step(size, net.x.constant, net.y.constant, w1.view, w2.view, lr, loss.data(),
+                           scratch, nullptr);
+        const std::string name =
+            "two_layer_sgd_step " + net.name + ", weights " + std::to_string(int(layout_w));
+        expect(std::fabs(to_double(loss[0]) - loss_expected) <=
+                   (16 * ROUNDING<T> + 1e3 * ROUNDING<Accumulate<T>>)*(loss_expected + 1e-3),
+               name + ": loss " + std::to_string(to_double(loss[0])) + ", expected " +
+                   std::to_string(loss_expected));
+        // An update is lr times a sum over the batch of operands rounded to T a few times.
+        const double scale = lr * 64 * (size.batch + 1) *
+                             (1 + ROUNDING<T> / ROUNDING<Accumulate<T>> / 8);
+        for (int64_t i = 0; i < size.in; ++i) {
+          for (int64_t j = 0; j < size.hidden; ++j) {
+            expect_close<T>(w1.at(i, j), w1_expected.at(i, j), 1, scale, name + " w1");
+          }
+        }
+        for (int64_t i = 0; i < size.hidden; ++i) {
+          for (int64_t j = 0; j < size.out; ++j) {
+            expect_close<T>(w2.at(i, j), w2_expected.at(i, j), 1, scale, name + " w2");
+          }
+        }
+        expect(w1.buffer.surroundings_untouched() && w2.buffer.surroundings_untouched() &&
+                   scratch.surroundings_untouched(),
+               name + " bounds");
+      }
+    }
+  }
+}
+
+// Two runs give the same bits.
+void test_determinism() {
+  const int64_t n = 100003;
+  Buffer<float> input(n);
+  Buffer<float> target(n);
+  input.fill_normal();
+  target.fill_normal();
+  float losses[2];
+  for (float& loss : losses) {
+    HostScratch scratch;
+    mse_loss_reduced(input.data(), target.data(), true, &loss, n, scratch, nullptr);
+  }
+  expect(losses[0] == losses[1], "mse_loss gives the same bits twice");
+}
+
+void test_plans() {
+  // The headline shape: split along k, so that more than eight blocks work.
+  const ProductPlan headline = plan_product(64, 100, 1000, true);
+  expect(headline.tile == TileChoice::small && headline.parts >= 8, "the headline product is split");
+  const ProductPlan large = plan_product(8192, 4096, 4096, true);
+  expect(large.tile == TileChoice::large && large.parts == 1, "a large product has large tiles");
+  for (const int64_t k : {0L, 1L, 15L, 16L, 17L, 1000L, 1L << 40}) {
+    for (const int64_t m : {1L, 31L, 129L, 1L << 33}) {
+      for (const bool has_large_tile : {false, true}) {
+        const ProductPlan plan = plan_product(m, 10, k, has_large_tile);
+        const bool covers = plan.parts >= 1 && plan.depth_per_split * plan.parts >= k &&
+                            plan.depth_per_split * (plan.parts - 1) < std::max<int64_t>(k, 1);
+        expect(covers && plan.parts <= 65535, "the parts of a plan cover k, none is empty");
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------- what the emulator reports
+
+void expect_error(const std::string& part, const std::function<void()>& body) {
+  try {
+    body();
+    expect(false, "the emulator did not report: " + part);
+  } catch (const std::exception& error) {
+    expect(std::string(error.what()).find(part) != std::string::npos,
+           "expected '" + part + "', got '" + error.what() + "'");
+  }
+}
+
+__global__ void divergent_barrier_kernel() {
+  if (threadIdx.x < 40) __syncthreads();
+}
+
+__global__ void two_barriers_kernel(int* out) {
+  if (threadIdx.x < 32) {
+    __syncthreads();
+    out[0] = 1;
+  } else {
+    __syncthreads();
+    out[1] = 1;
+  }
+}
+
+__global__ void missing_lane_kernel(int* out) {
+  if (threadIdx.x % 32 == 5) __syncthreads();
+  out[threadIdx.x] = __shfl_xor_sync(FULL_WARP, threadIdx.x, 1);
+  if (threadIdx.x % 32 != 5) __syncthreads();
+}
+
+__global__ void foreign_lane_kernel(int* out) {
+  if (threadIdx.x < 16) out[threadIdx.x] = __shfl_xor_sync(0xffffu, threadIdx.x, 16);
+}
+
+__global__ void nothing_kernel() {}
+
+void test_emulator_reports() {
+  int out[64] = {};
+  expect_error("which thread (40, 0, 0) never reaches",
+               [] { launch(divergent_barrier_kernel, {dim3(1), dim3(64)}, nullptr); });
+  expect_error("stands at that in line",
+               [&] { launch(two_barriers_kernel, {dim3(1), dim3(64)}, nullptr, out); });
+  expect_error("not all lanes of its mask come",
+               [&] { launch(missing_lane_kernel, {dim3(1), dim3(64)}, nullptr, out); });
+  expect_error("takes no part",
+               [&] { launch(foreign_lane_kernel, {dim3(1), dim3(32)}, nullptr, out); });
+  expect_error("invalid configuration",
+               [] { launch(nothing_kernel, {dim3(0), dim3(32)}, nullptr); });
+  expect_error("invalid configuration",
+               [] { launch(nothing_kernel, {dim3(1), dim3(1025)}, nullptr); });
+  expect_error("invalid configuration",
+               [] { launch(nothing_kernel, {dim3(1, 65536), dim3(1)}, nullptr); });
+  expect_error("invalid argument",
+               [] { launch(nothing_kernel, {dim3(1), dim3(1), 48 * 1024 + 1}, nullptr); });
+  expect_error("never asked for", [] {
+    cudaLaunchConfig_t config{};
+    cudaLaunchKernelEx(&config, nothing_kernel);
+    cudaLaunchKernelEx(&config, nothing_kernel);
+  });
+  cudaGetLastError();
+}
+
+template <class T>
+void test_floating() {
+  test_relu_forward<T>();
+  test_relu_backward<T>();
+  test_mse_loss<T>();
+  test_product<T>();
+  test_column_sum<T>();
+  test_two_layer_forward<T>();
+  test_two_layer_backward<T>();
+  test_two_layer_sgd_step<T>();
+}
+
+}  // namespace
+
+int main() try {
+  test_emulator_reports();
+  test_relu_forward<uint8_t>();
+  test_relu_forward<int8_t>();
+  test_relu_forward<int16_t>();
+  test_relu_forward<int32_t>();
+  test_relu_forward<int64_t>();
+  test_floating<double>();
+  test_floating<float>();
+  test_floating<__half>();
+  test_floating<__nv_bfloat16>();
+  test_determinism();
+  test_plans();
+  std::printf("%d checks, %d failed\n", checks, failures);
+  return failures == 0 ? 0 : 1;
+} catch (const std::exception& error) {
+  std::printf("FAILED: %s\n", error.what());
+  return 1;
+}
