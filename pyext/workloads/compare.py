@@ -51,6 +51,7 @@ TARGET_ACCURACY = 0.99
 BLOCK_S = 0.25
 """Variants take turns after this long: short against the machine's moods, long against the clock's
 own cost."""
+MIN_BLOCKS = 5
 # The threads of the variant before keep spinning for about this long after their last work.
 SETTLE_S = 5e-3
 # A GPU needs about this long to reach its working clock; a CPU to fill its caches and pools.
@@ -394,8 +395,9 @@ def train_side_by_side(
     Args:
         trainings: variant → its training; one of them is `eager`.
         epochs: stop after so many,
-        seconds: or when each variant has trained for so long on average, whichever comes first,
-        target_accuracy: or, after an epoch, when every variant reaches it on the test set.
+        seconds: or when each variant has trained for so long on average;
+        target_accuracy: without `seconds`, stop after the epoch in which all variants reach it on
+            the test set.
     """
     first = next(iter(trainings.values()))
     steps_in_all = epochs * first.steps_per_epoch
@@ -423,7 +425,9 @@ def train_side_by_side(
 
     block_steps = _warm_up(trainings, train)
     names, trained_s, turn = list(trainings), 0.0, 0
-    while first.steps_done < steps_in_all and (seconds is None or trained_s < seconds):
+    while first.steps_done < steps_in_all and (
+        seconds is None or trained_s < seconds or len(blocks["eager"]) < MIN_BLOCKS
+    ):
         steps = min(block_steps, first.steps_per_epoch - first.step_in_epoch)
         for offset in range(len(names)):
             # Rotating who goes first spreads whatever a predecessor leaves in caches and clocks.
@@ -435,7 +439,8 @@ def train_side_by_side(
         turn += 1
         if first.epoch_is_over:
             test()
-            if all(points[-1].accuracy >= target_accuracy for points in tests.values()):
+            reached = all(points[-1].accuracy >= target_accuracy for points in tests.values())
+            if seconds is None and reached:
                 break
         done = first.steps_done / steps_in_all if seconds is None else trained_s / seconds
         progress(f"training {', '.join(names)} side by side", min(done, 1.0))
@@ -469,12 +474,12 @@ def measure_share(
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with training.own_random_numbers():
         for _ in range(3):
-            training.step()
+            _next_step(training)
         _synchronize(training.device)
         with profile(activities=activities) as profiler:
             for _ in range(steps):
                 with record_function(_STEP):
-                    training.step()
+                    _next_step(training)
             _synchronize(training.device)
 
     swapped = _swapped_events(training)
@@ -529,10 +534,14 @@ def _losses(training: Training, steps: int) -> Tensor:
     losses = []
     with training.own_random_numbers():
         for _ in range(steps):
-            if training.epoch_is_over:
-                training.end_epoch()
-            losses.append(training.step())
+            losses.append(_next_step(training))
     return torch.stack(losses).double().cpu()
+
+
+def _next_step(training: Training) -> Tensor:
+    if training.epoch_is_over:
+        training.end_epoch()
+    return training.step()
 
 
 def _distance(expected: Tensor, actual: Tensor) -> float:
@@ -590,19 +599,17 @@ def _parity(
 
 def _warm_up(trainings: Mapping[str, Training], train: Callable[[str, int], float]) -> int:
     """Trains all variants until the machine is warm; returns how many steps make a block."""
-    device = next(iter(trainings.values())).device
-    steps, elapsed = 0, 0.0
-    shortest = float("inf")
-    while elapsed < WARM_UP_S[device.type] * len(trainings) or steps < 3:
+    first = next(iter(trainings.values()))
+    elapsed, shortest = 0.0, float("inf")
+    # These steps belong to the curves; half an epoch leaves steps to be timed.
+    while first.step_in_epoch < max(1, first.steps_per_epoch // 2):
         for name in trainings:
             step_s = train(name, 1)
             elapsed += step_s
-            if name == "eager":
-                shortest = min(shortest, step_s)
-        steps += 1
-        if steps >= next(iter(trainings.values())).steps_per_epoch // 4:
+            shortest = min(shortest, step_s)
+        if elapsed > WARM_UP_S[first.device.type] * len(trainings) and first.step_in_epoch >= 3:
             break
-    return max(1, round(BLOCK_S / shortest))
+    return max(1, min(round(BLOCK_S / shortest), first.steps_per_epoch // 4))
 
 
 def _speed(

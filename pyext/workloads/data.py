@@ -287,10 +287,11 @@ def read_idx(content: bytes) -> np.ndarray:
     """
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise DataError("not an IDX file of unsigned bytes")
-    rank = content[3]
-    shape = tuple(int(size) for size in np.frombuffer(content[4 : 4 + 4 * rank], dtype=">u4"))
-    elements = content[4 + 4 * rank :]
-    if len(shape) != rank or len(elements) != math.prod(shape):
+    sizes, elements = content[4 : 4 + 4 * content[3]], content[4 + 4 * content[3] :]
+    if len(sizes) != 4 * content[3]:
+        raise DataError("an IDX file that ends within its header")
+    shape = tuple(int(size) for size in np.frombuffer(sizes, dtype=">u4"))
+    if len(elements) != math.prod(shape):
         raise DataError(f"an IDX file of shape {shape} holds {len(elements)} elements")
     return np.frombuffer(elements, dtype=np.uint8).reshape(shape).copy()
 

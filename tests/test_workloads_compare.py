@@ -1,0 +1,223 @@
+"""The comparison of backends in training: that its checks can fail, and what it reports."""
+
+import dataclasses
+
+import pytest
+import torch
+import workload_data as tiny
+
+from pyext import functional, nn
+from pyext.backends import BACKENDS, backends
+from pyext.workloads import compare, data
+from pyext.workloads.engine import HyperParameters
+
+FILES = tiny.contents(tiny.arrays(train=64))
+HYPER = HyperParameters(epochs=2, batch_size=8)
+OPTIONS = {"steps": 6, "batch_size": 4}
+SMALL = compare.Profile(
+    parity_steps=3,
+    parity_batch_size=4,
+    share_steps=2,
+    seconds={name: 0.3 for name in compare.WORKLOADS},
+)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    tiny.write(root, FILES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data.DATASETS, "mnist", tiny.dataset(FILES))
+        return data.load("mnist", root, download=False)
+
+
+@pytest.fixture(autouse=True)
+def short_blocks(monkeypatch):
+    monkeypatch.setattr(compare, "BLOCK_S", 0.02)
+    monkeypatch.setattr(compare, "WARM_UP_S", {"cpu": 0.02, "cuda": 0.02})
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    if reason := BACKENDS[request.param].unavailable("cpu"):
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+def _wrong(monkeypatch, op, factor):
+    """Makes one op wrong by a factor, wherever a module calls it."""
+    real = getattr(functional, op)
+    monkeypatch.setattr(functional, op, lambda *args, **options: real(*args, **options) * factor)
+
+
+# --- parity --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workload", compare.WORKLOADS)
+def test_backends_train_as_eager_does(loaded, backend, workload):
+    profile = dataclasses.replace(SMALL, parity_batch_size=4)
+    checks = compare.check_parity(workload, loaded, backend, profile=profile)
+    assert [check.check for check in checks] == ["relu_bitwise", "float64", "float32_curve"]
+    for check in checks:
+        assert check.ok, check
+        assert check.workload == workload and check.backend == backend and check.device == "cpu"
+    assert checks[0].distance == 0 == checks[0].limit
+    assert checks[1].limit == 1e-9 and checks[1].dtype == "float64"
+    assert checks[2].limit > 0 and checks[2].dtype == "float32"
+
+
+@pytest.mark.parametrize("factor", [1 + 2**-23, 0.0])
+def test_bitwise_parity_sees_the_last_bit(loaded, monkeypatch, factor):
+    _wrong(monkeypatch, "relu", factor)
+    for workload in compare.WORKLOADS:
+        check = compare.check_relu_bitwise(workload, loaded, "eager", **OPTIONS)
+        assert not check.ok and "not bit-identical" in check.detail
+
+
+def test_bitwise_parity_sees_wrong_weights_behind_right_losses(loaded, monkeypatch):
+    class WrongInTheEnd(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.relu()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    monkeypatch.setattr(functional, "relu", lambda x, backend: WrongInTheEnd.apply(x))
+    check = compare.check_relu_bitwise("mnist_cnn", loaded, "eager", steps=1, batch_size=4)
+    assert check.distance == 0 and not check.ok
+
+
+# Swapping to "eager" sends the model through pyext.functional, where the tests put their errors.
+@pytest.mark.parametrize(
+    "workload, op",
+    [("mnist_cnn", "relu"), ("mnist_mlp", "two_layer"), ("mnist_mlp", "mse_loss")],
+)
+def test_float64_and_curve_parity_see_a_wrong_op(loaded, monkeypatch, workload, op):
+    prepare = compare.WORKLOADS[workload].prepare
+
+    def prepare_swapped(hyper, data, *, backend="eager", **options):
+        training = prepare(hyper, data, backend="eager", **options)
+        if backend != "eager":
+            nn.swap(training.model, "eager")
+            nn.swap(training.criterion, "eager")
+        return training
+
+    module = type("Workload", (), {"prepare": staticmethod(prepare_swapped)})
+    monkeypatch.setitem(compare.WORKLOADS, workload, module)
+    monkeypatch.setattr(compare, "_is_interpreted", lambda *args: False)
+    assert compare.check_float64(workload, loaded, "other", **OPTIONS).ok
+    assert compare.check_curve(workload, loaded, "other", **OPTIONS).ok
+    _wrong(monkeypatch, op, 1 + 1e-7)
+    check = compare.check_float64(workload, loaded, "other", **OPTIONS)
+    assert not check.ok and check.distance > check.limit == 1e-9
+    _wrong(monkeypatch, op, 0.5)
+    check = compare.check_curve(workload, loaded, "other", **OPTIONS)
+    assert not check.ok and check.distance > check.limit
+
+
+@pytest.mark.parametrize("workload", compare.WORKLOADS)
+def test_reordering_changes_rounding_and_nothing_else(loaded, workload):
+    prepare = compare.WORKLOADS[workload].prepare
+
+    def distance(dtype, change=compare._reordered):
+        plain, other = (prepare(HYPER, loaded, dtype=dtype) for _ in range(2))
+        return compare._distance(
+            compare._losses(plain, 6), compare._losses(change(other, seed=1), 6)
+        )
+
+    assert distance(torch.float64) < 1e-9
+    assert 0 < distance(torch.float32)
+
+    def without_dropout_hooks(training, seed):
+        training = compare._reordered(training, seed)
+        for module in training.model.modules():
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        return training
+
+    if workload == "mnist_cnn":
+        assert distance(torch.float64, without_dropout_hooks) > 1e-3
+
+
+# --- side by side --------------------------------------------------------------------------------
+
+
+def test_side_by_side_every_variant_trains_as_if_alone(loaded):
+    prepare = compare.WORKLOADS["mnist_cnn"].prepare
+    trainings = {name: prepare(HYPER, loaded) for name in ("eager", "other")}
+    speeds, curves = compare.train_side_by_side(trainings, epochs=2, target_accuracy=2.0)
+    alone = prepare(HYPER, loaded)
+    expected = compare._losses(alone, 15).float().tolist()
+    for curve in curves:
+        assert list(curve.losses[:15]) == expected and len(curve.losses) == 16
+        assert [(test.step, test.epoch) for test in curve.tests] == [(8, 1.0), (16, 2.0)]
+    assert curves[0].tests == curves[1].tests
+    for speed in speeds:
+        assert speed.p20_s <= speed.median_s <= speed.p80_s
+        assert speed.steps_per_s == 1 / speed.median_s
+        assert speed.images_per_s == 8 / speed.median_s
+        assert speed.ratio_ci[0] <= speed.ratio_vs_eager <= speed.ratio_ci[1]
+    assert speeds[0].ratio_vs_eager == 1.0 and speeds[0].ratio_ci == (1.0, 1.0)
+
+
+def test_side_by_side_ends_in_time_and_tests_where_it_ends(loaded):
+    trainings = {"eager": compare.WORKLOADS["mnist_mlp"].prepare(HYPER, loaded)}
+    _, (curve,) = compare.train_side_by_side(trainings, epochs=10**6, seconds=0.1)
+    assert curve.tests[-1].step == len(curve.losses)
+    assert curve.tests[-1].epoch == len(curve.losses) / 8
+
+
+def test_side_by_side_ends_when_all_reach_the_target(loaded):
+    trainings = {"eager": compare.WORKLOADS["mnist_mlp"].prepare(HYPER, loaded)}
+    _, (curve,) = compare.train_side_by_side(trainings, epochs=50, target_accuracy=0.0)
+    assert [test.epoch for test in curve.tests] == [1.0]
+
+
+# --- the share, and everything together ----------------------------------------------------------
+
+
+def test_the_share_names_the_swapped_ops(loaded):
+    cnn = compare.measure_share("mnist_cnn", loaded, steps=2, batch_size=8)
+    mlp = compare.measure_share("mnist_mlp", loaded, steps=2, batch_size=8)
+    assert cnn.op_s.keys() == {"relu"}
+    assert mlp.op_s.keys() == {"relu", "mse_loss", "two_layer"}
+    for share in (cnn, mlp):
+        assert all(0 < seconds < share.step_s for seconds in share.op_s.values())
+        assert share.share == pytest.approx(sum(share.op_s.values()) / share.step_s)
+        assert share.bound == pytest.approx(1 / (1 - share.share))
+        assert 0 < share.share < 1 and share.op_device_s == {}
+
+
+def test_run_checks_measures_and_reports_progress(loaded):
+    progress = []
+    names = [*backends(), *(name for name, each in BACKENDS.items() if each.interpreted)]
+    names = [name for name in names if BACKENDS[name].unavailable("cpu") is None]
+    result = compare.run(
+        loaded, names, profile=SMALL, hyper=HYPER, progress=lambda *args: progress.append(args)
+    )
+    assert result.ok and result.data == "tiny MNIST"
+    timed = [name for name in names if name != "eager" and not BACKENDS[name].interpreted]
+    for workload in compare.WORKLOADS:
+        assert [s.backend for s in result.speed if s.workload == workload] == ["eager", *timed]
+        assert [c.backend for c in result.curves if c.workload == workload] == ["eager", *timed]
+        checked = [c.backend for c in result.parity if c.workload == workload]
+        assert all(checked.count(name) == 6 for name in timed)
+    assert [share.workload for share in result.shares] == list(compare.WORKLOADS)
+    done = [share for _, share in progress]
+    assert done == sorted(done) and 0 <= done[0] and done[-1] <= 1
+    assert any("mnist_cnn: training" in what for what, _ in progress)
+
+
+def test_a_wrong_backend_is_reported_and_not_timed(loaded, monkeypatch):
+    name = next((name for name in backends() if name != "eager"), None)
+    if name is None:
+        pytest.skip("only eager is available here")
+    _wrong(monkeypatch, "relu", 1.01)
+    profile = dataclasses.replace(SMALL, seconds={name: 0.01 for name in compare.WORKLOADS})
+    result = compare.run(loaded, [name], profile=profile, hyper=HYPER)
+    assert not result.ok
+    wrong = {check.workload for check in result.parity if not check.ok}
+    assert "mnist_cnn" in wrong
+    assert [s.backend for s in result.speed if s.workload == "mnist_cnn"] == ["eager"]
