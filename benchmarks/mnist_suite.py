@@ -1,0 +1,192 @@
+"""The ``mnist`` suite: the backends inside a real training run, as a section of the result file.
+
+``pyext.workloads.compare`` does the work; here it becomes rows, JSON and one sentence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyext.backends import BACKENDS
+from pyext.lab import environment, isolated
+from pyext.lab.bench import Progress, Section, Settings
+from pyext.lab.results import COLUMNS
+from pyext.workloads import compare, data
+
+SUITE = "mnist"
+# A step takes about a second in Triton's interpreter: one is enough to see that every swapped op
+# runs in its place; the ops' own rows check them in depth.
+_INTERPRETED_STEPS = {"quick": 1, "full": 20}
+
+
+def run(settings: Settings, progress: Progress) -> Section:
+    """Compares the backends in the training of the MNIST networks.
+
+    Args:
+        settings: of the whole run.
+        progress: called with what is going on.
+
+    Returns:
+        The section ``mnist`` of the result file, its rows, and notes for the reader.
+    """
+    progress("loading the data", 0.0)
+    images, substitute = data.load_or_digits("mnist")
+    notes = [] if substitute is None else [substitute]
+    device = settings.device
+    names, rows = [], []
+    for name in settings.backends:
+        if name == "triton" and device.type == "cpu":
+            continue  # in its interpreter, below
+        if reason := BACKENDS[name].unavailable(device):
+            rows += [
+                _row(each, name, settings, "unavailable", reason) for each in compare.WORKLOADS
+            ]
+        else:
+            names.append(name)
+    hyper = dataclasses.replace(compare.DEFAULTS, seed=settings.seed + 1)
+    found = compare.run(
+        images,
+        names,
+        device=device,
+        profile=compare.PROFILES[settings.profile],
+        hyper=hyper,
+        progress=progress,
+    )
+    section = _section(found, hyper)
+    if "triton" in settings.backends and device.type == "cpu":
+        progress("triton in its interpreter", 0.97)
+        section["parity"] += _interpreted_parity(settings.profile)
+    section["failed"] = not all(each["ok"] for each in section["parity"])
+    rows = _speed_rows(found, section, settings) + rows
+    return section, rows, notes
+
+
+def _section(found: compare.Comparison, hyper: Any) -> dict[str, Any]:
+    """The comparison as JSON, with the numbers that answer at a glance beside the raw ones."""
+    return {
+        "data": found.data,
+        "hyper_parameters": dataclasses.asdict(hyper),
+        "parity": [dataclasses.asdict(each) for each in found.parity],
+        "speed": [
+            {
+                **dataclasses.asdict(each),
+                "steps_per_s": each.steps_per_s,
+                "images_per_s": each.images_per_s,
+            }
+            for each in found.speed
+        ],
+        "shares": [{**dataclasses.asdict(each), "bound": each.bound} for each in found.shares],
+        "curves": [dataclasses.asdict(each) for each in found.curves],
+    }
+
+
+def _speed_rows(
+    found: compare.Comparison, section: dict[str, Any], settings: Settings
+) -> list[dict[str, Any]]:
+    """A row for each timed variant, and for each that was wrong or only interpreted."""
+    rows = []
+    for each in found.speed:
+        row = _row(each.workload, each.backend, settings, "ok", None)
+        low, high = each.ratio_ci
+        verdict = "faster" if low > 1 else "slower" if high < 1 else "no difference"
+        row |= {
+            "shape": [each.batch_size],
+            "dtype": each.dtype,
+            "clock": "host",
+            "verified": True,
+            "median_s": each.median_s,
+            "p20_s": each.p20_s,
+            "p80_s": each.p80_s,
+            "interleaved_median_s": each.median_s,
+            "samples": len(each.block_s),
+            "calls_per_sample": each.steps // max(len(each.block_s), 1),
+            "ratio_vs_eager": each.ratio_vs_eager,
+            "ratio_ci": [low, high],
+            "verdict": "baseline" if each.backend == "eager" else verdict,
+        }
+        rows.append(row)
+    timed = {(each.workload, each.backend) for each in found.speed}
+    for workload, backend in dict.fromkeys(
+        (each["workload"], each["backend"]) for each in section["parity"]
+    ):
+        checks = [
+            each
+            for each in section["parity"]
+            if (each["workload"], each["backend"]) == (workload, backend)
+        ]
+        wrong = next((each for each in checks if not each["ok"]), None)
+        mine = [row for row in rows if (row["op"], row["variant"]) == (workload, backend)]
+        for row in mine:
+            row["rel_err"] = _float64_distance(checks)
+            if wrong:  # right before the timing, not after it: no time then
+                kept = dict.fromkeys(("median_s", "p20_s", "p80_s", "interleaved_median_s"))
+                row |= kept | dict.fromkeys(("ratio_vs_eager", "ratio_ci", "verdict"))
+                row |= {"status": "wrong", "verified": False, "reason": wrong["detail"]}
+        if (workload, backend) not in timed:
+            status = "wrong" if wrong else "interpreted"
+            row = _row(workload, backend, settings, status, wrong["detail"] if wrong else None)
+            row |= {"shape": [checks[0]["batch_size"]], "verified": not wrong}
+            rows.append(row | {"rel_err": _float64_distance(checks)})
+    return rows
+
+
+def _float64_distance(checks: list[dict[str, Any]]) -> float | None:
+    return next((each["distance"] for each in checks if each["check"] == "float64"), None)
+
+
+def _row(
+    workload: str, backend: str, settings: Settings, status: str, reason: str | None
+) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys(COLUMNS)
+    return row | {
+        "suite": SUITE,
+        "op": workload,
+        "direction": "step",
+        "shape": [compare.DEFAULTS.batch_size],
+        "dtype": "float32",
+        "device": str(settings.device),
+        "outputs": "allocated",
+        "variant": backend,
+        "kind": "backend",
+        "status": status,
+        "verified": False,
+        "tf32": False,
+        "reason": reason,
+    }
+
+
+def _interpreted_parity(profile: str) -> list[dict[str, Any]]:
+    """The parity checks of Triton's kernels, in a process that interprets them."""
+    request = {"profile": profile, "threads": torch.get_num_threads()}
+    command = [sys.executable, str(Path(__file__).resolve())]
+    variables = {"TRITON_INTERPRET": "1"}
+    limit_s = 30.0 if profile == "quick" else None
+    return list(isolated.stream(request, variables, limit_s, command))
+
+
+def _child() -> None:
+    request, answer = isolated.receive()
+    torch.set_num_threads(request["threads"])
+    environment.use_full_precision()
+    images, _ = data.load_or_digits("mnist")
+    steps = _INTERPRETED_STEPS[request["profile"]]
+    for workload in compare.WORKLOADS:
+        for check in (compare.check_relu_bitwise, compare.check_float64):
+            found = check(
+                workload,
+                images,
+                "triton",
+                steps=steps,
+                batch_size=compare.INTERPRETED_BATCH_SIZE,
+            )
+            answer(json.dumps(dataclasses.asdict(found)))
+
+
+if __name__ == "__main__":
+    _child()

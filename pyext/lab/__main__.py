@@ -1,0 +1,42 @@
+"""``python -m pyext.lab report DIR``: a result file's plots and Markdown table, once more."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from pyext.lab import report, results
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m pyext.lab", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser(
+        "report", help="draws the plots of DIR/results.json anew and prints its table as Markdown"
+    )
+    show.add_argument("folder", metavar="DIR", type=Path, help="a folder with a results.json")
+    show.add_argument(
+        "--terminal", action="store_true", help="print the terminal's tables instead of Markdown"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        data = results.load(options.folder)
+    except (OSError, ValueError) as error:
+        parser.error(f"{options.folder} holds no result file of this version: {error}")
+    report.write_plots(data, options.folder)
+    results.write_csv(data["rows"], options.folder / "results.csv")
+    if options.terminal:
+        console = Console(highlight=False)
+        report.show(data, console)
+    else:
+        sys.stdout.write(report.markdown(data))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

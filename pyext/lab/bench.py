@@ -1,0 +1,386 @@
+"""The lab's main job: every op, every backend and peer, checked and timed on this machine.
+
+``benchmarks/run.py`` is its command line. The order is: ceilings, the ops with all variants
+interleaved, Triton in its interpreter, each peer alone, and the MNIST training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyext import registry
+from pyext.backends import BACKENDS, backends
+from pyext.lab import environment, isolated, measure, roofline
+from pyext.lab.cases import Case, Inputs, cases
+from pyext.lab.measure import Effort, Samples
+from pyext.lab.peers import PEERS, Peers, why_unavailable
+from pyext.lab.results import Results, fill_floor, fill_times, new_row
+from pyext.lab.timing import FULL, QUICK, Outcome, time_case
+
+MNIST = "mnist"
+COMPILED = ("compile", "compile-max")
+# Every mnist run needs about this long in the quick profile, and the plots and tables that.
+_MNIST_S, _REPORT_S = 70.0, 10.0
+# Triton's interpreter runs a thousand times slower: enough elements for several blocks and a tail.
+_INTERPRETED_ELEMENTS, _INTERPRETED_EXTENT = 3000, 40
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much a run does unless told otherwise."""
+
+    dtypes: dict[str, tuple[str, ...]]
+    """Device type -> dtypes."""
+    peers: tuple[str, ...]
+    effort: Effort
+    alone: Effort
+    preallocated: tuple[str, ...]
+    """The directions that are also timed with preallocated outputs, on a CPU."""
+    limit_s: float | None
+    """When time runs short, peers are left out rather than this exceeded."""
+
+
+PROFILES = {
+    "quick": Profile(
+        dtypes={"cpu": ("float32",), "cuda": ("float32",)},
+        peers=("eager-inplace", "compile", "graph", "jax"),
+        effort=QUICK,
+        alone=dataclasses.replace(QUICK, measure_s=0.06),
+        preallocated=("both",),
+        limit_s=225.0,
+    ),
+    "full": Profile(
+        dtypes={"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")},
+        peers=PEERS,
+        effort=FULL,
+        alone=dataclasses.replace(FULL, measure_s=0.3),
+        preallocated=("forward", "backward", "both"),
+        limit_s=None,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one run is to do."""
+
+    device: torch.device
+    suites: tuple[str, ...]
+    """Names of ops, and ``mnist``."""
+    backends: tuple[str, ...]
+    peers: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    shapes: dict[str, tuple[tuple[int, ...], ...]]
+    """Op -> shapes."""
+    profile: str
+    seed: int
+    effort: Effort
+    alone: Effort | None
+    """None: peers are not timed alone."""
+    limit_s: float | None
+
+    @property
+    def ops(self) -> list[registry.Op]:
+        """The suites that are ops."""
+        return [registry.get(name) for name in self.suites if name != MNIST]
+
+    def to_json(self) -> dict[str, Any]:
+        """The ``settings`` object of a result file."""
+        return {
+            "suites": list(self.suites),
+            "backends": list(self.backends),
+            "peers": list(self.peers),
+            "dtypes": list(self.dtypes),
+            "shapes": {op: [list(shape) for shape in each] for op, each in self.shapes.items()},
+            "profile": self.profile,
+            "effort": dataclasses.asdict(self.effort),
+            "alone": dataclasses.asdict(self.alone) if self.alone else None,
+            "clocks": list(measure.CLOCKS[self.device.type]),
+        }
+
+
+Progress = Callable[[str, float], None]
+"""``(what is going on, share of the phase that is done)``."""
+
+Section = tuple[dict[str, Any], list[dict[str, Any]], list[str]]
+"""What a workload's comparison adds to a result file: its section, rows and notes."""
+
+
+class Benchmark:
+    """One run. Rows appear in ``results`` as they are finished, and the files with them.
+
+    Args:
+        settings: what to do.
+        folder: where the files go.
+        command: the command line, for the record.
+        mnist: trains and compares; the lab itself knows no workload.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        folder: Path,
+        command: str,
+        mnist: Callable[[Settings, Progress], Section],
+    ):
+        self.settings = settings
+        self._mnist = mnist
+        self._mnist_rows: list[dict[str, Any]] = []
+        self._started = time.monotonic()
+        self.results = Results(
+            folder,
+            environment.describe(settings.device, settings.seed, command),
+            settings.to_json(),
+        )
+        self._ceilings: roofline.Ceilings | None = None
+        self._timed: dict[Case, list[Outcome]] = {}
+        self._alone: dict[tuple[Case, str], dict[str, Samples]] = {}
+        self._compile_s = 15.0  # the first compilation also warms the compiler up
+
+    def phases(self) -> Iterator[tuple[str, Callable[[Progress], None]]]:
+        """The title of each phase and what runs it; to be run in this order."""
+        settings = self.settings
+        if settings.ops:
+            yield "ceilings", self._measure_ceilings
+            yield "ops", self._time_ops
+            if "triton" in settings.backends and settings.device.type == "cpu":
+                yield "triton in its interpreter", self._check_interpreted
+            if settings.alone and self._soloists():
+                yield "peers alone", self._time_alone
+        if MNIST in settings.suites:
+            yield "mnist", self._train_mnist
+
+    def finish(self, *, interrupted: bool) -> None:
+        """Writes the files for the last time."""
+        data = self.results.data
+        data["complete"], data["interrupted"] = not interrupted, interrupted
+        data["duration_s"] = round(time.monotonic() - self._started, 1)
+        self.results.save()
+
+    # --- phases ----------------------------------------------------------------------------------
+
+    def _measure_ceilings(self, progress: Progress) -> None:
+        settings = self.settings
+        clocks = measure.CLOCKS[settings.device.type]
+        dtypes = [getattr(torch, name) for name in settings.dtypes]
+        steps = 2 + 2 * len(dtypes)
+        measured = roofline.measure_ceilings(settings.device, dtypes, clocks)
+        for step, (what, ceilings) in enumerate(measured):
+            progress(what, step / steps)
+            self._ceilings = ceilings
+        self.results.data["ceilings"] = self._ceilings.to_json()
+        self.results.save()
+
+    def _time_ops(self, progress: Progress) -> None:
+        every = list(self._cases())
+        peers, inputs, key = Peers(), None, None
+        for done, case in enumerate(every):
+            if (case.op, case.shape, case.dtype) != key:
+                key, inputs = (case.op, case.shape, case.dtype), None  # frees the last one's first
+                inputs = Inputs(registry.get(case.op), case, self.settings.seed)
+                compile_in_time = self._time_left() > self._reserve(len(every) - done)
+            progress(case.label, done / len(every))
+            self._time(case, inputs, peers, compile_in_time)
+            self._write_rows()
+
+    def _time(self, case: Case, inputs: Inputs, peers: Peers, compile_in_time: bool) -> None:
+        names, prevented = self._variants(case, compile_in_time)
+        start = time.monotonic()
+        settings = self.settings
+        outcomes = time_case(case, inputs, names, peers, settings.effort, settings.seed)
+        if set(names) & set(COMPILED):
+            self._compile_s = max(5.0, min(self._compile_s, time.monotonic() - start))
+        self._timed[case] = outcomes + prevented
+
+    def _check_interpreted(self, progress: Progress) -> None:
+        settings = self.settings
+        small = [
+            case
+            for op in settings.ops
+            for case in cases(
+                op, settings.device, settings.dtypes, [_interpretable(settings.shapes[op.name][0])]
+            )
+        ]
+        if reason := _interpreter_missing():
+            for case in small:
+                self._timed[case] = [Outcome("triton", "backend", "unavailable", reason)]
+            self._write_rows()
+            return
+        limit = None if settings.limit_s is None else max(self._time_left() - _REPORT_S, 20.0)
+        progress("starting the interpreter", 0.0)
+        checks = isolated.check_interpreted(small, settings.seed, limit)
+        for done, (case, outcome) in enumerate(checks):
+            progress(case.label, (done + 1) / len(small))
+            self._timed[case] = [outcome]
+            self._write_rows()
+        for case in small:
+            if case not in self._timed:
+                reason = "the process that ran Triton's interpreter ended before this check"
+                self._timed[case] = [Outcome("triton", "backend", "skipped", reason)]
+        self._write_rows()
+
+    def _time_alone(self, progress: Progress) -> None:
+        settings, soloists = self.settings, self._soloists()
+        for index, name in enumerate(soloists):
+            done_before = index / len(soloists)
+            progress(name, done_before)
+            right = [
+                case
+                for case, outcomes in self._timed.items()
+                if any(each.name == name and each.status == "ok" for each in outcomes)
+            ]
+            limit = None
+            if settings.limit_s is not None:
+                spare = self._time_left() - self._after_ops_s()
+                limit = max(spare, 0.0) / (len(soloists) - index)
+                if limit < 5.0:  # starting Python and PyTorch takes most of that
+                    self._note_short_of_time(f"{name} was not timed alone")
+                    continue
+            count = 0
+            for case, samples in isolated.time_alone(
+                name, right, settings.alone, settings.seed, limit
+            ):
+                count += 1
+                progress(f"{name}: {case.label}", done_before + count / len(right) / len(soloists))
+                self._alone[case, name] = samples
+            if count < len(right):
+                self._note_short_of_time(f"{name} was timed alone in {count} of {len(right)} cases")
+            self._write_rows()
+
+    def _train_mnist(self, progress: Progress) -> None:
+        section, self._mnist_rows, notes = self._mnist(self.settings, progress)
+        self.results.data["mnist"] = section
+        self.results.data["notes"] += notes
+        self._write_rows()
+
+    # --- rows ------------------------------------------------------------------------------------
+
+    def _write_rows(self) -> None:
+        rows = [row for case in self._timed for row in self._rows(case)]
+        self.results.data["rows"] = rows + self._mnist_rows
+        self.results.save()
+
+    def _rows(self, case: Case) -> Iterator[dict[str, Any]]:
+        outcomes = self._timed[case]
+        eager = next((each for each in outcomes if each.name == "eager"), None)
+        for outcome in outcomes:
+            clocks = measure.CLOCKS[torch.device(case.device).type]
+            for clock in clocks if outcome.status == "ok" else (None,):
+                yield self._row(case, outcome, eager, clock)
+
+    def _row(
+        self, case: Case, outcome: Outcome, eager: Outcome | None, clock: str | None
+    ) -> dict[str, Any]:
+        row = new_row(case, outcome.name, outcome.kind, clock, outcome.status)
+        row |= {"rel_err": outcome.rel_err, "reason": outcome.reason, "note": outcome.note}
+        row["verified"] = outcome.status in ("ok", "interpreted")
+        if clock is None:
+            return row
+        samples = outcome.times[clock]
+        if isinstance(samples, str):
+            return row | {"status": "unavailable", "reason": samples}
+        baseline = eager.times.get(clock) if eager else None
+        fill_times(
+            row,
+            samples,
+            self._alone.get((case, outcome.name), {}).get(clock),
+            baseline if isinstance(baseline, Samples) else None,
+            self._alone.get((case, "eager"), {}).get(clock),
+            self.settings.seed,
+        )
+        fill_floor(row, case, self._ceilings)
+        return row
+
+    # --- what, and how long ----------------------------------------------------------------------
+
+    def _cases(self) -> Iterator[Case]:
+        settings = self.settings
+        recycles = settings.device.type == "cpu" and measure.can_recycle_memory()
+        preallocated = PROFILES[settings.profile].preallocated if recycles else ()
+        for op in settings.ops:
+            yield from cases(
+                op, settings.device, settings.dtypes, settings.shapes[op.name], preallocated
+            )
+
+    def _variants(self, case: Case, compile_in_time: bool) -> tuple[list[str], list[Outcome]]:
+        """The names to try on a case, and the outcomes of those that cannot be."""
+        names, prevented = ["eager"], []
+        for name in self.settings.backends:
+            if name == "eager" or (name == "triton" and case.device == "cpu"):
+                continue  # Triton's rows on a CPU come from the interpreter, in its own process
+            if reason := BACKENDS[name].unavailable(case.device, case.op):
+                prevented.append(Outcome(name, "backend", "unavailable", reason))
+            else:
+                names.append(name)
+        for name in self.settings.peers:
+            if reason := why_unavailable(name, case.device):
+                prevented.append(Outcome(name, "peer", "unavailable", reason))
+            elif name in COMPILED and not compile_in_time:
+                reason = "the quick profile's time was used up; --profile full times it"
+                prevented.append(Outcome(name, "peer", "skipped", reason))
+            else:
+                names.append(name)
+        return names, prevented
+
+    def _soloists(self) -> list[str]:
+        """Who is also timed alone: the baseline and the peers that can run here at all."""
+        available = [
+            name
+            for name in self.settings.peers
+            if why_unavailable(name, self.settings.device) is None
+        ]
+        return ["eager", *available]
+
+    def _time_left(self) -> float:
+        if self.settings.limit_s is None:
+            return float("inf")
+        return self.settings.limit_s - (time.monotonic() - self._started)
+
+    def _reserve(self, cases_left: int) -> float:
+        """Seconds to keep for what must still happen if the next op is to be compiled."""
+        names = 2 + len(self.settings.peers)
+        each = names * (2 * self.settings.effort.measure_s)
+        return self._compile_s + cases_left * each + self._after_ops_s() + 8.0 * names
+
+    def _after_ops_s(self) -> float:
+        return _REPORT_S + (_MNIST_S if MNIST in self.settings.suites else 0.0)
+
+    def _note_short_of_time(self, what: str) -> None:
+        self.results.data["notes"].append(
+            f"The quick profile's time was used up: {what}; --profile full leaves nothing out."
+        )
+
+
+def _interpretable(shape: Sequence[int]) -> tuple[int, ...]:
+    """``shape``, made small enough for Triton's interpreter; odd, so that masks matter."""
+    limit = _INTERPRETED_ELEMENTS if len(shape) == 1 else _INTERPRETED_EXTENT
+    return tuple(min(extent, limit - 1 - 2 * axis) for axis, extent in enumerate(shape))
+
+
+def _interpreter_missing() -> str | None:
+    import importlib.util
+
+    if importlib.util.find_spec("triton") is None:
+        return BACKENDS["triton"].unavailable("cpu")
+    return None
+
+
+def default_backends() -> tuple[str, ...]:
+    """All of them, the baseline first."""
+    return ("eager", *(name for name in BACKENDS if name != "eager"))
+
+
+def availability(device: torch.device) -> Iterator[tuple[str, str, str | None]]:
+    """``(name, kind, why not)`` of every backend and peer."""
+    usable = backends(device)
+    for name in default_backends():
+        yield name, "backend", None if name in usable else BACKENDS[name].unavailable(device)
+    for name in PEERS:
+        yield name, "peer", why_unavailable(name, device)
