@@ -129,13 +129,14 @@ class Torch:
 
     version: what torch.__version__ says, such as "2.15.0+cu132"; distribution: what its package
     says ("2.15.0"), which is what a requirement must name; cuda: torch.version.cuda; hip: likewise
-    for ROCm; requires: what its package depends on.
+    for ROCm; folder: the package's; requires: what its package depends on.
     """
 
     version: str
     distribution: str
     cuda: str | None
     hip: str | None
+    folder: Path
     requires: tuple[str, ...]
 
     @property
@@ -174,6 +175,7 @@ def find_torch(paths: Iterable[str]) -> Torch | None:
             distribution=found.version if found else version.partition("+")[0],
             cuda=value("cuda"),
             hip=value("hip"),
+            folder=Path(path, "torch"),
             requires=tuple(found.requires or ()) if found else (),
         )
     return None
