@@ -80,7 +80,7 @@ def _train(parser: argparse.ArgumentParser, options: argparse.Namespace, console
         )
     console.print(
         f"{data.title}: {len(data.train_images)} training and {len(data.test_images)} test images; "
-        f"{device}, {torch.get_num_threads()} threads; {_describe(hyper)}"
+        f"{device}, threads: {torch.get_num_threads()}; {_describe(hyper)}"
     )
     finished: list[tuple[Training, float]] = []
     for name in names:
@@ -203,7 +203,8 @@ def _progress(console: Console) -> Iterator[Progress]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         yield progress
 
 

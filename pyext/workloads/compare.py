@@ -47,6 +47,7 @@ DEFAULTS = HyperParameters()
 FLOAT64_LIMIT = 1e-9
 CURVE_FACTOR = 3
 REORDERINGS = 3
+CURVE_SEEDS = 3
 TARGET_ACCURACY = 0.99
 BLOCK_S = 0.25
 """Variants take turns after this long: short against the machine's moods, long against the clock's
@@ -356,20 +357,28 @@ def check_curve(
 ) -> Parity:
     """float32, everything swapped: the loss curve stays as near to `eager`'s as rounding allows.
 
-    How near that is, is measured: `eager` trains again on the same batches with the examples inside
-    each batch in another order (and dropout masks following their example). Mathematically nothing
-    changes, but every sum over the batch is rounded in another order. The limit is three times the
-    largest distance of three such runs.
+    How near that is, is measured: `eager` trains again, on the same batches and with the same
+    dropout, but with the sums over a batch and over a layer's inputs in another order. The limit
+    is three times the largest distance of three such runs. (Other thread counts re-order sums as
+    well, but fewer of them, and not on a machine with one core.)
+
+    Sometimes an activation so near to zero is rounded to its other side, and from there the curves
+    part by orders of magnitude. Where that happened to the backend's run and to none of the three,
+    it says nothing about the backend, so another seed decides; only a backend that is too far off
+    with every seed fails.
     """
-    hyper = HyperParameters(batch_size=batch_size)
     prepare = WORKLOADS[workload].prepare
-    expected = _losses(prepare(hyper, data, device=device), steps)
-    noise = max(
-        _distance(expected, _losses(_reordered(prepare(hyper, data, device=device), seed), steps))
-        for seed in range(REORDERINGS)
-    )
-    training = prepare(hyper, data, backend=backend, device=device)
-    distance = _distance(expected, _losses(training, steps))
+    for seed in range(1, CURVE_SEEDS + 1):
+        hyper = HyperParameters(batch_size=batch_size, seed=seed)
+        expected = _losses(prepare(hyper, data, device=device), steps)
+        noise = max(
+            _distance(expected, _losses(_reordered(prepare(hyper, data, device=device), i), steps))
+            for i in range(REORDERINGS)
+        )
+        training = prepare(hyper, data, backend=backend, device=device)
+        distance = _distance(expected, _losses(training, steps))
+        if distance <= CURVE_FACTOR * noise:
+            break
     return _parity(
         training,
         "float32_curve",
@@ -550,16 +559,23 @@ def _distance(expected: Tensor, actual: Tensor) -> float:
 
 
 def _reordered(training: Training, seed: int) -> Training:
-    """The same training with the examples of every batch in another order, each with its dropout
-    mask."""
+    """The same training with its sums in another order, which changes nothing but their rounding.
+
+    The examples of every batch change places (each keeps its dropout mask), and so do the input
+    features or channels of every layer, together with the weights that they meet.
+    """
     generator = torch.Generator().manual_seed(seed)
+
+    def shuffled(length: int) -> Tensor:
+        return torch.randperm(length, generator=generator).to(training.device)
+
     next_batch = training.next_batch
     order = inverse = torch.empty(0)
 
     def permuted_batch() -> tuple[Tensor, Tensor]:
         nonlocal order, inverse
         images, labels = next_batch()
-        order = torch.randperm(len(labels), generator=generator).to(labels.device)
+        order = shuffled(len(labels))
         inverse = order.argsort()
         return images[order], labels[order]
 
@@ -568,6 +584,12 @@ def _reordered(training: Training, seed: int) -> Training:
         if isinstance(module, nn.Dropout):
             module.register_forward_pre_hook(lambda _, inputs: inputs[0][inverse])
             module.register_forward_hook(lambda _, inputs, output: output[order])
+        elif isinstance(module, (nn.Linear, nn.Conv2d)):
+            features = shuffled(module.weight.shape[1])
+            module.weight.data = module.weight.data[:, features].contiguous()
+            module.register_forward_pre_hook(
+                lambda _, inputs, features=features: inputs[0][:, features]
+            )
     return training
 
 
