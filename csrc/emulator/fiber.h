@@ -12,6 +12,7 @@
 #endif
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -19,7 +20,7 @@ namespace emulator {
 
 // AddressSanitizer's frames are several times as large.
 #if defined(__SANITIZE_ADDRESS__)
-constexpr std::size_t STACK_BYTES = 512 * 1024;
+constexpr std::size_t STACK_BYTES = 128 * 1024;
 #else
 constexpr std::size_t STACK_BYTES = 64 * 1024;
 #endif
@@ -69,6 +70,11 @@ class Fiber {
   // Abandons what ran here before. `body` must not return and must outlive the run: it ends by
   // yielding for the last time.
   void start(void (*body)()) {
+#if defined(__SANITIZE_ADDRESS__)
+    // An abandoned run has left its frames' red zones behind.
+    ASAN_UNPOISON_MEMORY_REGION(static_cast<char*>(memory_) + GUARD_BYTES,
+                                STACK_BYTES - GUARD_BYTES);
+#endif
 #if defined(__x86_64__)
     void** top = reinterpret_cast<void**>(static_cast<char*>(memory_) + STACK_BYTES);
     *--top = nullptr;  // where a debugger's backtrace ends
