@@ -304,17 +304,23 @@ def cuda_architectures(cuda: str) -> str:
     return DEFAULT_CUDA_ARCHITECTURES if release(cuda) >= (12, 8) else "8.0 9.0+PTX"
 
 
-def _compiler_requirement(cuda: str, exact: str | None = None) -> str | None:
-    """NVIDIA's compiler from the package index, or None where that has none for CUDA `cuda`.
+def _compiler_requirements(cuda: str, exact: str | None = None) -> list[str]:
+    """NVIDIA's compiler from the package index; empty where that has none for CUDA `cuda`.
 
     exact: the version of the toolkit's packages that PyTorch itself depends on.
     """
     machine = (platform.system(), platform.machine())
     if machine not in (("Linux", "x86_64"), ("Linux", "aarch64")):
-        return None
+        return []
     if release(cuda)[0] < FIRST_CUDA_WITH_NVCC_WHEELS:
-        return None
-    return f"cuda-toolkit[nvcc,cudart,cccl]=={exact or f'{cuda}.*'}"
+        return []
+    return [
+        f"cuda-toolkit[nvcc,cudart,cccl]=={exact or f'{cuda}.*'}",
+        # Before 13.2 nvcc's package takes any version of its parts, and newer parts fail with it:
+        # "ptxas fatal: Unsupported .version 9.5; current version is '9.0'".
+        f"nvidia-nvvm=={cuda}.*",
+        f"nvidia-cuda-crt=={cuda}.*",
+    ]
 
 
 def build_requirements() -> list[str]:
@@ -328,14 +334,9 @@ def build_requirements() -> list[str]:
         needed.append(f"torch=={TESTED_TORCH}.*")
     if cuda_switch() == "0":
         return needed
-    if torch is None:
-        compiler = _compiler_requirement(TESTED_CUDA)
-        cuda: str | None = TESTED_CUDA
-    else:
-        cuda = torch.cuda
-        compiler = cuda and _compiler_requirement(cuda, torch.required("cuda-toolkit"))
-    if cuda and compiler and isinstance(find_cuda_toolkit(cuda, paths), str):
-        needed.append(compiler)
+    cuda = torch.cuda if torch else TESTED_CUDA
+    if cuda and isinstance(find_cuda_toolkit(cuda, paths), str):
+        needed += _compiler_requirements(cuda, torch and torch.required("cuda-toolkit"))
     return needed
 
 
@@ -367,8 +368,7 @@ def editable_dependencies() -> list[str]:
     dependencies.append("numpy<2.4" if triton == "3.6" else "numpy")
     toolkit = plan_cuda(torch, paths)
     if isinstance(toolkit, CudaToolkit) and toolkit.packaged:
-        compiler = _compiler_requirement(toolkit.version, torch.required("cuda-toolkit"))
-        dependencies += filter(None, [compiler])
+        dependencies += _compiler_requirements(toolkit.version, torch.required("cuda-toolkit"))
     return dependencies
 
 
