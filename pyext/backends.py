@@ -20,6 +20,7 @@ from types import ModuleType
 import torch
 
 from pyext import registry
+from pyext.ops._autograd import Differentiable
 
 _PACKAGE = Path(__file__).parent
 _REBUILD = "rebuild with `pip install -e .`"
@@ -59,13 +60,14 @@ class _KernelBackend(Backend):
 
     @functools.cached_property
     def raw(self):
-        """``torch.ops.<namespace>``, with every raw op and its fake implementation registered."""
+        """``torch.ops.<namespace>``: raw ops, their fakes and the autograd shells over them."""
         self._load()
         namespace = getattr(torch.ops, self.namespace)
         for op in registry.ops().values():
             for raw_op in op.raw_ops:
                 if hasattr(namespace, raw_op.name):
                     torch.library.register_fake(f"{self.namespace}::{raw_op.name}", raw_op.fake)
+        Differentiable.make_shells(namespace)
         return namespace
 
     def _load(self) -> None:
@@ -218,7 +220,7 @@ def select(name: str | None, device: torch.device, op: str) -> Backend:
     """
     name = name if name is not None else getattr(_default, "name", None)
     if name is None:
-        return _best(device.type, op)
+        return BACKENDS[_best(device.type, op)]
     backend = _lookup(name)
     if reason := _unavailable(name, device.type, op):
         raise RuntimeError(f"{op}: backend {name!r} is not available for {device}: {reason}")
@@ -235,13 +237,22 @@ def _lookup(name: str) -> Backend:
 
 # What a process can run does not change while it lives, and asking anew would cost every call.
 @functools.cache
-def _unavailable(name: str, device_type: str, op: str) -> str | None:
+def _unavailable_now(name: str, device_type: str, op: str) -> str | None:
     return BACKENDS[name].unavailable(device_type, op)
 
 
-@functools.cache
-def _best(device_type: str, op: str) -> Backend:
-    for backend in BACKENDS.values():
-        if not backend.interpreted and backend.unavailable(device_type, op) is None:
-            return backend
-    return BACKENDS["eager"]
+def _unavailable(name: str, device_type: str, op: str) -> str | None:
+    return _unavailable_now(name, device_type, op)
+
+
+def _best(device_type: str, op: str) -> str:
+    for name, backend in BACKENDS.items():
+        if not backend.interpreted and _unavailable_now(name, device_type, op) is None:
+            return name
+    return "eager"
+
+
+# What torch.compiler.assume_constant_result sets, without importing the compiler (and triton with
+# it) just for that: torch.compile calls these while tracing, instead of tracing a library's loading.
+_unavailable._dynamo_marked_constant = True
+_best._dynamo_marked_constant = True

@@ -26,7 +26,8 @@ class SampleInput:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
     gradcheckable: bool = True
-    """False where finite differences are meaningless: NaN and infinity, or exactly on the kink."""
+    """False where finite differences are meaningless (NaN and infinity, or exactly on the kink) or
+    take too many evaluations."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,14 @@ class Op:
     """Device type -> profile -> shapes; what the numbers of a shape mean is ``shape_names``."""
     shape_names: tuple[str, ...]
     benchmark_inputs: Callable[..., tuple[Any, ...]]
-    """``(shape, dtype, device, generator)``: random normal arguments for ``function``."""
+    """``(shape, dtype, device, generator)``: random normal arguments for ``function``. What feeds a
+    kink lies on a grid on which sums are exact, so that no rounding flips a ReLU between variants."""
     cost: Callable[[str, tuple[int, ...], int], Cost]
     """``(direction, shape, itemsize)``."""
     directions: tuple[str, ...] = ("forward", "backward", "both")
+    check_inputs: Callable[[tuple[Any, ...]], tuple[Any, ...]] = lambda args: args
+    """Benchmark inputs -> the same call with values at which right and wrong differ: a step op's
+    learning rate keeps thousands of timed steps stable, and is too small to be seen in bfloat16."""
     is_step: bool = False
     """Updates its arguments in place and has no derivative."""
     dtypes: tuple[torch.dtype, ...] = FLOATING_DTYPES

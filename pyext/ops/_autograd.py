@@ -44,26 +44,29 @@ class Formulas(Protocol):
 class Differentiable:
     """Formulas as a callable: ``differentiable(raw, *inputs)`` computes and records the derivative."""
 
+    _all: list[Differentiable] = []
+
     def __init__(self, formulas: type[Formulas]):
         self._formulas = formulas
-        self._shells: dict[Any, SimpleNamespace] = {}
+        self._shells: dict[str, SimpleNamespace] = {}
+        self._all.append(self)
 
     def __call__(self, raw, *inputs):
         if torch.compiler.is_compiling():
-            return self._shells_over(raw).compiled.apply(*inputs)
+            return self._shells[raw.name].compiled.apply(*inputs)
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            return self._shells_over(raw).functional.apply(*inputs)
+            return self._shells[raw.name].functional.apply(*inputs)
         if torch.is_grad_enabled() and any(
             isinstance(each, torch.Tensor) and each.requires_grad for each in inputs
         ):
-            return self._shells_over(raw).plain.apply(*inputs)
+            return self._shells[raw.name].plain.apply(*inputs)
         return self._formulas.forward(raw, *inputs)
 
-    def _shells_over(self, raw) -> SimpleNamespace:
-        shells = self._shells.get(raw.name)
-        if shells is None:
-            shells = self._shells[raw.name] = _make_shells(self._formulas, raw)
-        return shells
+    @classmethod
+    def make_shells(cls, raw) -> None:
+        """Makes every op's shells over one namespace; ``torch.compile`` could not while tracing."""
+        for each in cls._all:
+            each._shells[raw.name] = _make_shells(each._formulas, raw.name)
 
 
 def differentiable(formulas: type[Formulas]) -> Differentiable:
@@ -71,7 +74,8 @@ def differentiable(formulas: type[Formulas]) -> Differentiable:
     return Differentiable(formulas)
 
 
-def _make_shells(formulas: type[Formulas], raw) -> SimpleNamespace:
+def _make_shells(formulas: type[Formulas], namespace: str) -> SimpleNamespace:
+    # The closures hold the namespace's name: torch.compile knows no way to trace one held itself.
     def keep(ctx, inputs, outputs) -> tuple:
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         tensors, ctx.constants = formulas.save(inputs, outputs)
@@ -80,12 +84,12 @@ def _make_shells(formulas: type[Formulas], raw) -> SimpleNamespace:
         return tensors
 
     def forward_with_ctx(ctx, *inputs):
-        outputs = formulas.forward(raw, *inputs)
+        outputs = formulas.forward(getattr(torch.ops, namespace), *inputs)
         keep(ctx, inputs, outputs)
         return outputs
 
     def forward(*inputs):
-        return formulas.forward(raw, *inputs)
+        return formulas.forward(getattr(torch.ops, namespace), *inputs)
 
     def setup_context(ctx, inputs, output):
         keep(ctx, inputs, output)
@@ -96,11 +100,13 @@ def _make_shells(formulas: type[Formulas], raw) -> SimpleNamespace:
     def backward(ctx, *grads):
         if all(grad is None for grad in grads):
             return tuple(None for _ in ctx.needs_input_grad)
+        raw = getattr(torch.ops, namespace)
         return formulas.backward(
             raw, ctx.saved_tensors, ctx.constants, ctx.needs_input_grad, *grads
         )
 
     def jvp(ctx, *tangents):
+        raw = getattr(torch.ops, namespace)
         return formulas.jvp(raw, ctx.saved_tensors, ctx.constants, *tangents)
 
     def shell(suffix: str, **members: Callable) -> type[Function]:

@@ -111,24 +111,28 @@ def no_transforms(op: str, *tensors: torch.Tensor) -> None:
 def updatable_in_place(op: str, updated: dict[str, torch.Tensor], **read: torch.Tensor) -> None:
     """``RuntimeError`` if an update in place would write an element twice or change another operand.
 
+    ``torch.compile`` sees strides but no addresses, so there only the former is checked.
+
     Args:
         op: the op's name.
         updated: the tensors that the op writes.
         read: those that it only reads.
     """
     for name, value in updated.items():
-        if value.is_inference() and not torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                f"{op}(): inplace update to inference tensor {name!r} outside InferenceMode is not "
-                "allowed; clone it first"
-            )
         if _overlaps_itself(value):
             raise RuntimeError(
                 f"{op}(): more than one element of the written-to tensor {name!r} refers to a "
                 "single memory location; clone() it first"
             )
+    if torch.compiler.is_compiling():  # a tensor that is being traced has no address
+        return
     everything = {**updated, **read}
     for name, value in updated.items():
+        if value.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{op}(): inplace update to inference tensor {name!r} outside InferenceMode is not "
+                "allowed; clone it first"
+            )
         for other_name, other in everything.items():
             if other is not value and _share_memory(value, other):
                 raise RuntimeError(
@@ -139,15 +143,14 @@ def updatable_in_place(op: str, updated: dict[str, torch.Tensor], **read: torch.
             raise RuntimeError(f"{op}(): the written-to tensor {name!r} was passed twice")
 
 
-def _overlaps_itself(value: torch.Tensor) -> bool:
-    """Whether two indices may share an address: sorted by stride, a dimension overlaps the next."""
-    extent = 1
-    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
-        if size > 1:
-            if stride < extent:
-                return True
-            extent = stride * (size - 1) + extent
-    return False
+def _overlaps_itself(matrix: torch.Tensor) -> bool:
+    """Whether two indices share an address: the longer stride falls within the shorter one's run."""
+    (rows, columns), (row_stride, column_stride) = matrix.shape, matrix.stride()
+    if rows <= 1 or columns <= 1:
+        return (rows > 1 and row_stride == 0) or (columns > 1 and column_stride == 0)
+    if row_stride >= column_stride:
+        return column_stride == 0 or row_stride < column_stride * (columns - 1) + 1
+    return row_stride == 0 or column_stride < row_stride * (rows - 1) + 1
 
 
 def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -24,7 +24,9 @@ def normal(shape, device, dtype, seed: int = 0) -> torch.Tensor:
     return values.to(dtype).to(device)
 
 
-def layouts(device, dtype, requires_grad=False, seed: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+def layouts(
+    device, dtype, requires_grad=False, seed: int = 0
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Named leaves of many shapes and, for one shape, of every kind of strides."""
     for shape in SHAPES:
         name = "x".join(map(str, shape)) or "0d"

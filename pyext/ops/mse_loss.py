@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from pyext import backends
+from pyext.backends import select
 from pyext.ops import _checks, _samples
 from pyext.ops._autograd import add, differentiable
 from pyext.registry import Cost, ErrorInput, Op, RawOp, SampleInput
@@ -61,7 +61,7 @@ def mse_loss(
             stacklevel=2,
         )
         input, target = torch.broadcast_tensors(input, target)
-    chosen = backends.select(backend, device, "mse_loss")
+    chosen = select(backend, device, "mse_loss")
     input, target = input.to(dtype), target.to(dtype)
     if chosen.namespace is None:
         return eager(input, target, reduction)
@@ -250,8 +250,14 @@ OP = Op(
     ),
     shape_names=("n",),
     benchmark_shapes={
-        "cpu": {"quick": ((2**12,), (2**20,), (2**24,)), "full": ((2**12,), (2**16,), (2**20,), (2**24,))},
-        "cuda": {"quick": ((2**12,), (2**24,)), "full": ((2**12,), (2**16,), (2**20,), (2**24,), (2**28,))},
+        "cpu": {
+            "quick": ((2**12,), (2**20,), (2**24,)),
+            "full": ((2**12,), (2**16,), (2**20,), (2**24,)),
+        },
+        "cuda": {
+            "quick": ((2**12,), (2**24,)),
+            "full": ((2**12,), (2**16,), (2**20,), (2**24,), (2**28,)),
+        },
     },
     benchmark_inputs=benchmark_inputs,
     cost=cost,

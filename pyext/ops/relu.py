@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from pyext import backends
+from pyext.backends import select
 from pyext.ops import _checks, _samples
 from pyext.ops._autograd import differentiable
 from pyext.registry import FLOATING_DTYPES, Cost, ErrorInput, Op, RawOp, SampleInput
@@ -39,7 +39,7 @@ def relu(x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     if x.dtype not in FLOATING_DTYPES and x.dtype not in INTEGER_DTYPES:
         accepted = ", ".join(str(each) for each in FLOATING_DTYPES + INTEGER_DTYPES)
         raise NotImplementedError(f"relu(): not implemented for {x.dtype}; accepted are {accepted}")
-    chosen = backends.select(backend, x.device, "relu")
+    chosen = select(backend, x.device, "relu")
     if chosen.namespace is None:
         return eager(x)
     return _relu(chosen.raw, x)
@@ -163,8 +163,14 @@ OP = Op(
     reduction_length=lambda x: 1,
     shape_names=("n",),
     benchmark_shapes={
-        "cpu": {"quick": ((2**12,), (2**20,), (2**24,)), "full": ((2**12,), (2**16,), (2**20,), (2**24,))},
-        "cuda": {"quick": ((2**12,), (2**24,)), "full": ((2**12,), (2**16,), (2**20,), (2**24,), (2**28,))},
+        "cpu": {
+            "quick": ((2**12,), (2**20,), (2**24,)),
+            "full": ((2**12,), (2**16,), (2**20,), (2**24,)),
+        },
+        "cuda": {
+            "quick": ((2**12,), (2**24,)),
+            "full": ((2**12,), (2**16,), (2**20,), (2**24,), (2**28,)),
+        },
     },
     benchmark_inputs=benchmark_inputs,
     cost=cost,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from pyext import backends
+from pyext.backends import select
 from pyext.ops import _samples, _two_layer
 from pyext.ops._autograd import differentiable
 from pyext.registry import ErrorInput, Op, RawOp, SampleInput
@@ -46,7 +46,7 @@ def two_layer(
     """
     leading = x.shape[:-1] if isinstance(x, torch.Tensor) else ()
     x, w1, w2, b1, b2, _ = _two_layer.prepare("two_layer", x, w1, w2, b1, b2)
-    chosen = backends.select(backend, x.device, "two_layer")
+    chosen = select(backend, x.device, "two_layer")
     if chosen.namespace is None:
         out = eager(x, w1, w2, b1, b2)
     else:
@@ -78,9 +78,7 @@ class _two_layer_forward:
         x, w1, w2, hidden = tensors
         if grad_out is None:
             grad_out = hidden.new_zeros((x.shape[0], w2.shape[1]))
-        grads = _two_layer.two_layer_backward(
-            raw, grad_out, grad_hidden, x, w1, w2, hidden, *needs
-        )
+        grads = _two_layer.two_layer_backward(raw, grad_out, grad_hidden, x, w1, w2, hidden, *needs)
         return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
     @staticmethod

@@ -94,8 +94,8 @@ void tiled_product(const Matrix<const TA>& a, const Matrix<const TB>& b, const P
   const int64_t threads = m * n * depth < kSerialWork ? 1 : parallel.threads;
 
   // As many row blocks as there are threads; where rows do not suffice, panels are split as well.
-  const int64_t row_block = std::min(
-      kRowBlock, divide_up(divide_up(m, threads), kRows) * kRows);
+  const int64_t row_block =
+      std::min(divide_up(kRowBlock, kRows), divide_up(divide_up(m, threads), kRows)) * kRows;
   const int64_t row_blocks = divide_up(m, row_block);
   const int64_t column_block = std::min(kColumnBlock / kPanel, divide_up(n, kPanel)) * kPanel;
   const int64_t depth_block = std::min(std::max<int64_t>(depth, 1), kDepthBlock);
@@ -118,7 +118,7 @@ void tiled_product(const Matrix<const TA>& a, const Matrix<const TB>& b, const P
                  packed_b.get() + panel * kPanel * block_depth);
       });
       parallel(row_blocks * panel_groups, threads, [&](int64_t begin, int64_t end) {
-        Buffer<Acc> packed_a(row_block * block_depth + kRows);
+        Buffer<Acc> packed_a(row_block * block_depth);
         Buffer<Acc> tile(kRows * kPanel);
         for (int64_t task = begin; task < end; ++task) {
           const int64_t i_begin = task / panel_groups * row_block, group = task % panel_groups;
