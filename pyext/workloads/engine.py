@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 CHECKPOINT_FORMAT = 1
-# Half the memory of one pass over the test set, and on a CPU the activations stay in the L2 cache.
+# With 1000, activations leave a CPU's caches: 6.2 s for MNIST's test set, not 2.8 (one core, EPYC).
 TEST_BATCH_SIZE = 100
 # Reading a loss waits for the GPU; doing it now and then keeps the queue filled.
 STEPS_BETWEEN_LOSS_CHECKS_ON_GPU = 50
