@@ -1,0 +1,66 @@
+"""What the element-wise kernels share: flat addressing of dense tensors, widening and rounding.
+
+A dense tensor is one run of memory whatever the order of its dimensions, so a kernel walks it with
+one index, and each thread moves 16 bytes at a time. Anything else is first copied into such a run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._registration import INTERPRETED
+
+# One program moves 8 KiB per tensor: 4 warps x 32 threads x 4 accesses of 16 bytes in flight, which
+# with 8 or more programs on a multiprocessor covers the latency of HBM.
+BYTES_PER_PROGRAM = 8192
+WARPS = 4
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+def block_size(n, itemsize):
+    """Elements per program for n elements: see BYTES_PER_PROGRAM. The interpreter, which runs the
+    programs one after the other in NumPy, takes as many as it can at once."""
+    if INTERPRETED:
+        return min(triton.next_power_of_2(n), 1 << 16)
+    return BYTES_PER_PROGRAM // itemsize
+
+
+def laid_out_like(reference, tensor):
+    """``tensor`` if it has the strides of ``reference``, else a copy that has them.
+
+    Both have one shape; ``reference`` is dense, for example fresh from ``torch.empty_like``.
+    """
+    same = all(
+        size <= 1 or stride == wanted
+        for size, stride, wanted in zip(
+            tensor.shape, tensor.stride(), reference.stride(), strict=True
+        )
+    )
+    return tensor if same else torch.empty_like(reference, dtype=tensor.dtype).copy_(tensor)
+
+
+@triton.jit
+def widen(value):
+    """bfloat16 and float16 as float32, in which all arithmetic is done; other types as they are."""
+    if value.dtype == tl.bfloat16 or value.dtype == tl.float16:
+        return value.to(tl.float32)
+    else:
+        return value
+
+
+@triton.jit
+def rounded(value, dtype: tl.constexpr):
+    """``value`` in ``dtype``, rounded to nearest even.
+
+    Triton's interpreter truncates float32 to bfloat16 (seen in 3.6 and 3.9: errors of a whole unit
+    in the last place; and what it would cut off must not make a zero look subnormal), so there the
+    rounding is done on the bits before the truncation.
+    """
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.float32).to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        nearest = bits.to(tl.float32, bitcast=True)
+        return tl.where(value != value, value, nearest).to(tl.bfloat16)
+    else:
+        return value.to(dtype)

@@ -1,0 +1,76 @@
+"""How a raw op enters the dispatcher namespace ``pyext_triton``, compiled or interpreted.
+
+Compiled, a raw op is a ``triton_op``: ``torch.compile`` looks into it and sees the kernels. In
+Triton's interpreter, which runs a kernel in NumPy (TRITON_INTERPRET=1, read when Triton is first
+imported), a ``triton_op`` fails ``opcheck`` and ``fullgraph``; there it is an opaque ``custom_op``.
+"""
+
+import functools
+import re
+
+import torch
+import triton
+import triton.language as tl
+
+NAMESPACE = "pyext_triton"
+INTERPRETED = triton.knobs.runtime.interpret
+
+# The annotation of a kernel argument that bounds a loop. Triton 3.6's interpreter cannot count to a
+# runtime value under NumPy >= 2.4 ("only 0-dimensional arrays can be converted"), so interpreted it
+# is a compile-time constant; compiled it is an ordinary argument, and no shape forces a recompile.
+LoopBound = tl.constexpr if INTERPRETED else None
+
+
+def wrap_triton(kernel):
+    """``torch.library.wrap_triton``, which PyTorch 2.11 refuses for an interpreted kernel."""
+    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+
+
+def raw_op(schema):
+    """Decorate a launcher: register it as ``pyext_triton::<its name>`` with this schema.
+
+    ``schema`` is everything after the name, ``"(Tensor x) -> Tensor"``, and is textually the one of
+    the compiled namespace. The launcher runs under a guard for its first argument's device: Triton
+    launches on the *current* device's current stream.
+    """
+
+    def register(launcher):
+        @functools.wraps(launcher)
+        def guarded(first, *rest, **options):
+            with torch.cuda.device_of(first):
+                return launcher(first, *rest, **options)
+
+        define = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+        return define(
+            f"{NAMESPACE}::{launcher.__name__}",
+            guarded,
+            mutates_args=re.findall(r"Tensor\(\w+!\) (\w+)", schema),
+            schema=schema,
+        )
+
+    return register
+
+
+def expect(name, tensor, shape, like):
+    """Refuse a tensor that a kernel would read out of bounds or misread.
+
+    The public functions have checked everything, in better words; this is for memory safety when a
+    raw op is called directly. Raises RuntimeError.
+    """
+    torch._check(
+        tuple(tensor.shape) == tuple(shape)
+        and tensor.dtype == like.dtype
+        and tensor.device == like.device,
+        lambda: (
+            f"{name}: expected shape {tuple(shape)}, {like.dtype} on {like.device}, "
+            f"got {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}"
+        ),
+    )
+
+
+def expect_floating(name, tensor):
+    """Refuse a dtype that the kernels have no accumulator for. Raises RuntimeError."""
+    torch._check(
+        tensor.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+        lambda: f"{name}: expected float64, float32, bfloat16 or float16, got {tensor.dtype}",
+    )

@@ -1,0 +1,144 @@
+"""Mean squared error in Triton.
+
+    forward   none: loss = (input - target)^2            3 n itemsize bytes
+              sum, mean: sum((input - target)^2) [/ n]   2 n itemsize bytes, one 0-d result
+    backward  grad_input = grad * 2 (input - target) [/ n]
+              3 n itemsize bytes, 4 n for none
+
+Launch: element-wise ones as in relu.py. The sum takes two stages: at most 1024 programs (eight
+on each of some 130 multiprocessors) walk the tiles in turn and leave one partial sum each, then one
+program adds those up. The number of programs depends on n alone and no atomics are used, so the
+result is the same bits every time. Up to four tiles, one program does it all.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._elementwise import WARPS, block_size, rounded, widen
+from ._reduction import NONE, accumulator, divisor, empty_loss, finish
+from ._registration import LoopBound, expect, expect_floating, raw_op, wrap_triton
+
+MAX_PROGRAMS = 1024
+MAX_TILES_OF_ONE_PROGRAM = 4
+
+
+@triton.jit
+def _squared_error_kernel(input, target, loss, n, BLOCK: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= n:
+        difference = widen(tl.load(input + offsets)) - widen(tl.load(target + offsets))
+        tl.store(loss + offsets, rounded(difference * difference, loss.dtype.element_ty))
+    else:
+        inside = offsets < n
+        value = widen(tl.load(input + offsets, mask=inside))
+        difference = value - widen(tl.load(target + offsets, mask=inside))
+        squared = rounded(difference * difference, loss.dtype.element_ty)
+        tl.store(loss + offsets, squared, mask=inside)
+
+
+@triton.jit
+def _partial_sums_kernel(
+    input, target, partials, n, count, full_steps: LoopBound, BLOCK: tl.constexpr
+):
+    # In a full step every program has a full tile, unmasked; one masked step takes the rest.
+    program = tl.program_id(0).to(tl.int64)
+    stride = tl.num_programs(0).to(tl.int64) * BLOCK
+    offsets = program * BLOCK + tl.arange(0, BLOCK)
+    total = widen(tl.zeros((BLOCK,), input.dtype.element_ty))
+    for _ in range(full_steps):
+        difference = widen(tl.load(input + offsets)) - widen(tl.load(target + offsets))
+        total += difference * difference
+        offsets += stride
+    inside = offsets < n
+    value = widen(tl.load(input + offsets, mask=inside, other=0))
+    difference = value - widen(tl.load(target + offsets, mask=inside, other=0))
+    total += difference * difference
+    result = tl.sum(total, 0) / count
+    tl.store(partials + program, rounded(result, partials.dtype.element_ty))
+
+
+@triton.jit
+def _mse_backward_kernel(
+    grad, input, target, grad_input, n, count, GRAD_IS_SCALAR: tl.constexpr, BLOCK: tl.constexpr
+):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = start + tl.arange(0, BLOCK)
+    grad_offsets = tl.zeros((1,), tl.int64) if GRAD_IS_SCALAR else offsets
+    if start + BLOCK <= n:
+        scale = widen(tl.load(grad + grad_offsets)) * 2 / count
+        difference = widen(tl.load(input + offsets)) - widen(tl.load(target + offsets))
+        tl.store(grad_input + offsets, rounded(scale * difference, grad_input.dtype.element_ty))
+    else:
+        inside = offsets < n
+        scale = widen(tl.load(grad + grad_offsets, mask=grad_offsets < n)) * 2 / count
+        value = widen(tl.load(input + offsets, mask=inside))
+        difference = value - widen(tl.load(target + offsets, mask=inside))
+        result = rounded(scale * difference, grad_input.dtype.element_ty)
+        tl.store(grad_input + offsets, result, mask=inside)
+
+
+@raw_op("(Tensor input, Tensor target, int reduction) -> Tensor")
+def mse_loss_forward(input, target, reduction):
+    expect_floating("mse_loss_forward: input", input)
+    expect("mse_loss_forward: target", target, input.shape, like=input)
+    n = input.numel()
+    count = divisor(reduction, n)
+    input, target = input.contiguous(), target.contiguous()
+    if reduction == NONE:
+        loss = torch.empty_like(input)
+        if n:
+            block = block_size(n, input.element_size())
+            wrap_triton(_squared_error_kernel)[(triton.cdiv(n, block),)](
+                input, target, loss, n, BLOCK=block, num_warps=WARPS
+            )
+        return loss
+    if not n:
+        return empty_loss(input, reduction)
+    loss = input.new_empty(())
+    block = block_size(n, input.element_size())
+    tiles = triton.cdiv(n, block)
+    programs = 1 if tiles <= MAX_TILES_OF_ONE_PROGRAM else min(tiles, MAX_PROGRAMS)
+    if programs == 1:
+        partials, first_count = loss, count
+    else:
+        partials, first_count = input.new_empty(programs, dtype=accumulator(input.dtype)), 1
+    wrap_triton(_partial_sums_kernel)[(programs,)](
+        input,
+        target,
+        partials,
+        n,
+        first_count,
+        n // (programs * block),
+        BLOCK=block,
+        num_warps=WARPS,
+    )
+    if programs > 1:
+        finish(partials, loss, count)
+    return loss
+
+
+@raw_op("(Tensor grad, Tensor input, Tensor target, int reduction) -> Tensor")
+def mse_loss_backward(grad, input, target, reduction):
+    expect_floating("mse_loss_backward: input", input)
+    expect("mse_loss_backward: target", target, input.shape, like=input)
+    expect("mse_loss_backward: grad", grad, input.shape if reduction == NONE else (), like=input)
+    n = input.numel()
+    count = divisor(reduction, n)
+    grad, input, target = grad.contiguous(), input.contiguous(), target.contiguous()
+    grad_input = torch.empty_like(input)
+    if n:
+        block = block_size(n, input.element_size())
+        wrap_triton(_mse_backward_kernel)[(triton.cdiv(n, block),)](
+            grad,
+            input,
+            target,
+            grad_input,
+            n,
+            count,
+            GRAD_IS_SCALAR=reduction != NONE,
+            BLOCK=block,
+            num_warps=WARPS,
+        )
+    return grad_input
