@@ -23,6 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show.add_argument(
         "--terminal", action="store_true", help="print the terminal's tables instead of Markdown"
     )
+    show.add_argument(
+        "--direction",
+        type=lambda text: text.split(","),
+        metavar="NAMES",
+        help="only these in the Markdown, such as both,step (default: all)",
+    )
     options = parser.parse_args(arguments)
     try:
         data = results.load(options.folder)
@@ -34,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console = Console(highlight=False)
         report.show(data, console)
     else:
-        sys.stdout.write(report.markdown(data))
+        sys.stdout.write(report.markdown(data, options.direction))
     return 0
 
 

@@ -121,6 +121,8 @@ class Inputs:
                 self.grad = torch.randn(
                     out.shape, dtype=out.dtype, device=device, generator=generator
                 )
+        self.before: check.Named = {}
+        """What a step updates, as it is before; known once its reference is."""
         self._references: dict[tuple[str, bool], check.Named] = {}
         self.terms = op.reduction_length(*self.args)
         """The length of the longest sum, from which tolerances follow."""
@@ -139,6 +141,7 @@ class Inputs:
                 grad = torch.ones_like(grad)
             if self.op.is_step:
                 call = StepCall(self.op.eager, args)
+                self.before = call.before
             else:
                 call = AutogradCall(self.op.eager, args, grad, direction, max_batch=1)
             self._references[direction, ones] = _cloned(call.results())
@@ -234,6 +237,8 @@ class StepCall:
         self._mutated = [(a, s.detach()) for a, s in pairs if not torch.equal(a, s)]
         self.mutated = [tensor for tensor, _ in self._mutated]
         """The tensors that a step updates in place."""
+        self.before = {f"updated_{i}": start for i, (_, start) in enumerate(self._mutated)}
+        """What they are before it, named as its results are."""
 
     def prepare(self, calls: int) -> None:
         """Back to the start: training on would leave the range in which all variants agree."""
@@ -280,7 +285,7 @@ class Variant:
 
     def verify(self, inputs: Inputs) -> check.CheckResult:
         """One call, compared with ``eager`` in float64 under the op's derived tolerance."""
-        return check.compare(self.results(), self.reference(), inputs.terms)
+        return check.compare(self.results(), self.reference(), inputs.terms, inputs.before)
 
 
 def torch_variant(

@@ -189,11 +189,12 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def _warm_up(subject: Subject, sample: Callable, seconds: float) -> int:
     """Runs for ``seconds`` at least and returns how many calls make a batch of ``_BATCH_S``."""
-    calls = 1
+    calls, fastest = 1, math.inf
     end = time.perf_counter() + seconds
     while True:
-        per_call = sample(subject, calls)
-        wanted = math.ceil(_BATCH_S / max(per_call, 1e-9))
+        # The fastest so far: one interruption must not make the batches too short.
+        fastest = min(fastest, sample(subject, calls))
+        wanted = math.ceil(_BATCH_S / max(fastest, 1e-9))
         # At most fourfold at once: the first calls are slow and would mislead.
         calls = max(1, min(wanted, 4 * calls, subject.max_batch))
         if time.perf_counter() > end and calls >= min(wanted, subject.max_batch):

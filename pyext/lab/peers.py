@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +53,8 @@ class Peers:
         A step is compiled from the version without autograd: it is the faster one, and needs no
         break in the graph.
         """
+        # It warns where CUDA is installed but no GPU is there, which here is nothing to warn of.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         import torch._dynamo
         import torch._inductor.config as inductor
 

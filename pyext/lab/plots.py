@@ -14,12 +14,13 @@ matplotlib.use("Agg")  # a file is all we want; the default may look for a scree
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator  # noqa: E402
 
 Row = dict[str, Any]
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; markers tell it again.
-_COLOURS = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#7F7F7F")
+_COLOURS = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#56B4E9", "#009E73", "#7F7F7F", "#CC79A7")
 _MARKERS = "osD^vPX*"
 _DIRECTIONS = ("forward", "backward", "both", "step")
 _CLOCKS = ("device_cold", "device_warm", "host")
@@ -77,15 +78,25 @@ def _machine(data: dict[str, Any]) -> str:
     )
 
 
-def _finish(figure: Figure, title: str, data: dict[str, Any]) -> Figure:
-    figure.suptitle(f"{title}\n", fontsize=11, fontweight="bold")
-    figure.text(0.5, 0.935, _machine(data), ha="center", fontsize=8, color="#555555")
+def _finish(
+    figure: Figure,
+    title: str,
+    data: dict[str, Any],
+    handles: dict[str, Any],
+    order: Sequence[str],
+) -> Figure:
+    """The title with the machine beneath it, and the legend below the axes."""
+    figure.suptitle(f"{title}\n{_machine(data)}", fontsize=10)
+    names = sorted(handles, key=lambda name: order.index(name) if name in order else len(order))
+    figure.legend(
+        [handles[name] for name in names],
+        names,
+        loc="outside lower center",
+        ncols=min(len(names), max(3, int(figure.get_figwidth() / 1.3))),
+        frameon=False,
+        fontsize=9,
+    )
     return figure
-
-
-def _legend_below(figure: Figure, handles: list[Any], labels: list[str]) -> None:
-    columns = min(len(labels), max(3, int(figure.get_figwidth() / 1.5)))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
 # --- time against size ---------------------------------------------------------------------------
@@ -100,7 +111,6 @@ def _time(rows: list[Row], data: dict[str, Any], order: Sequence[str]) -> Figure
         len(directions),
         figsize=(max(6.0, _SIZE * len(directions)), 0.9 + 3.4 * len(dtypes)),
         squeeze=False,
-        sharex=True,
         layout="constrained",
     )
     handles: dict[str, Any] = {}
@@ -112,12 +122,11 @@ def _time(rows: list[Row], data: dict[str, Any], order: Sequence[str]) -> Figure
         line[0].set_ylabel("time of one call")
     elementwise = rows[0]["unit"] == "elementwise"
     for axis in axes[-1]:
-        axis.set_xlabel("elements" if elementwise else "work in FLOP (labels: shape)")
+        axis.set_xlabel("elements" if elementwise else "shape, placed by its work in FLOP")
     title = f"{rows[0]['op']}: time against size, {', '.join(dtypes)}"
     if rows[0]["clock"] != "host":
         title += f", {rows[0]['clock']}"
-    _legend_below(figure, list(handles.values()), list(handles))
-    return _finish(figure, title, data)
+    return _finish(figure, title, data, handles, order)
 
 
 def _time_panel(axis: Axes, rows: list[Row], order: Sequence[str], handles: dict[str, Any]) -> None:
@@ -163,20 +172,20 @@ def _size(row: Row) -> int:
 
 
 def _name_shapes(axis: Axes, rows: list[Row]) -> None:
-    ticks = {_size(row): "×".join(map(str, row["shape"])) for row in rows}
-    low, high = min(ticks), max(ticks)
-    axis.set_xlim(low / 3, high * 3)
-    for place, label in ticks.items():
-        axis.annotate(
-            label,
-            (place, 0.02),
-            xycoords=("data", "axes fraction"),
-            rotation=90,
-            fontsize=7,
-            color="#555555",
-            ha="right",
-            va="bottom",
-        )
+    ticks = {
+        _size(row): "×".join(map(str, row["shape"])) + f"\n{_si(_size(row))}FLOP" for row in rows
+    }
+    axis.set_xlim(min(ticks) / 3, max(ticks) * 3)
+    axis.set_xticks(list(ticks), list(ticks.values()), fontsize=7.5)
+    axis.xaxis.set_minor_locator(NullLocator())
+
+
+def _si(value: float) -> str:
+    """``26_000_000`` -> ``"26 M"``."""
+    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.3g} {prefix}"
+    return f"{value:.3g} "
 
 
 def _time_label(value: float, _position: int = 0) -> str:
@@ -214,8 +223,11 @@ def _ratio(rows: list[Row], data: dict[str, Any], order: Sequence[str]) -> Figur
             **_style(variant, order),
         )
     axis.axvline(1, color="#000000", linewidth=1, zorder=0)
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    span = math.log2(max(row["ratio_ci"][1] for row in ratios)) if ratios else 0
+    span = max(span, -math.log2(min(row["ratio_ci"][0] for row in ratios)) if ratios else 0)
+    axis.set_xscale("log", base=2 if span < 5 else 10)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}×"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_yticks(range(len(cases)), cases, fontsize=8)
     axis.set_ylim(-0.7, len(cases) - 0.3)
     for place in range(0, len(cases), 2):
@@ -223,11 +235,9 @@ def _ratio(rows: list[Row], data: dict[str, Any], order: Sequence[str]) -> Figur
     axis.set_xlabel("eager's time / this variant's time: right of the line is faster than eager")
     axis.grid(True, axis="x", color="#dddddd")
     axis.set_axisbelow(True)
-    _legend_below(figure, list(handles.values()), list(handles))
     clock = rows[0]["clock"]
     title = "Ratio to eager, 95 % intervals" + ("" if clock == "host" else f", {clock}")
-    figure.suptitle(f"{title}\n{_machine(data)}", fontsize=10)
-    return figure
+    return _finish(figure, title, data, handles, order)
 
 
 def _case(row: Row) -> str:
@@ -250,16 +260,18 @@ def _roofline(rows: list[Row], data: dict[str, Any], order: Sequence[str]) -> Fi
     roofs = _roofs(rows, ceilings)
     top = max(rate for _, rate in roofs)
     axis.plot([low, top / bandwidth], [low * bandwidth, top], color="#444444", linewidth=1.4)
+    middle = math.sqrt(low * top / bandwidth)
     axis.annotate(
-        f"copy bandwidth {bandwidth / 1e9:.0f} GB/s",
-        (low * 1.15, low * 1.15 * bandwidth),
-        xytext=(0, 6),
+        f"copy bandwidth {_si(bandwidth)}B/s",
+        (middle, middle * bandwidth),
+        xytext=(-6, 4),
         textcoords="offset points",
         fontsize=8,
+        ha="right",
     )
     for label, rate in roofs:
         axis.plot([rate / bandwidth, high], [rate, rate], color="#444444", linewidth=1.4)
-        text = f"{label} {rate / 1e9:,.0f} GFLOP/s"
+        text = f"{label} {_si(rate)}FLOP/s"
         axis.annotate(
             text,
             (high, rate),
@@ -271,27 +283,32 @@ def _roofline(rows: list[Row], data: dict[str, Any], order: Sequence[str]) -> Fi
     handles: dict[str, Any] = {}
     for variant in [each for each in order if any(row["variant"] == each for row in rows)]:
         mine = [row for row in rows if row["variant"] == variant]
-        handles[variant] = axis.plot(
-            [row["flops"] / row["bytes"] for row in mine],
-            [row["flops"] / row["median_s"] for row in mine],
-            linestyle="none",
-            alpha=0.85,
-            **_style(variant, order),
-        )[0]
-    _name_points(axis, rows)
+        style = _style(variant, order)
+        handles[variant] = Line2D([], [], linestyle="none", **style)
+        for row in mine:
+            style["markersize"] = 2 + 0.8 * math.log10(row["bytes"])
+            axis.plot(
+                row["flops"] / row["bytes"],
+                row["flops"] / row["median_s"],
+                linestyle="none",
+                alpha=0.85,
+                **style,
+            )
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlim(low, high)
-    axis.set_xlabel("arithmetic intensity in FLOP per byte")
+    # Room beneath the points for the names of their cases.
+    bottom = min((row["flops"] / row["median_s"] for row in rows), default=top / 100)
+    axis.set_ylim(bottom * (bottom / top) ** 0.6, top * 3)
+    _name_intensities(axis, rows)
+    axis.set_xlabel("arithmetic intensity in FLOP per byte (a larger marker moves more bytes)")
     axis.set_ylabel("achieved FLOP/s")
     axis.grid(True, which="major", color="#e5e5e5")
     axis.set_axisbelow(True)
-    _legend_below(figure, list(handles.values()), list(handles))
     clock = rows[0]["clock"] if rows else "host"
     title = "Roofline: forward + backward, and whole steps"
     title += "" if clock == "host" else f", {clock}"
-    figure.suptitle(f"{title}\n{_machine(data)}", fontsize=10)
-    return figure
+    return _finish(figure, title, data, handles, order)
 
 
 def _roofs(rows: list[Row], ceilings: dict[str, Any]) -> Iterator[tuple[str, float]]:
@@ -303,24 +320,27 @@ def _roofs(rows: list[Row], ceilings: dict[str, Any]) -> Iterator[tuple[str, flo
     return found
 
 
-def _name_points(axis: Axes, rows: list[Row]) -> None:
-    """Names each case beneath its lowest point."""
-    lowest: dict[tuple, Row] = {}
-    for row in rows:
-        case = (row["op"], tuple(row["shape"]), row["dtype"])
-        if case not in lowest or row["median_s"] > lowest[case]["median_s"]:
-            lowest[case] = row
-    for row in lowest.values():
-        shape = "×".join(map(str, row["shape"]))
+def _name_intensities(axis: Axes, rows: list[Row]) -> None:
+    """Names the cases at the foot of the line on which their points lie."""
+    names: dict[float, dict[str, None]] = {}
+    for row in sorted(rows, key=lambda row: row["flops"] / row["bytes"]):
+        intensity = row["flops"] / row["bytes"]
+        near = next((each for each in names if abs(math.log(intensity / each)) < 0.1), intensity)
+        shape = "" if row["unit"] == "elementwise" else " " + "×".join(map(str, row["shape"]))
+        names.setdefault(near, {})[row["op"] + shape] = None
+    for intensity, cases in names.items():
+        axis.axvline(intensity, color="#cccccc", linewidth=0.8, linestyle=":", zorder=0)
         axis.annotate(
-            f"{row['op']} {shape}",
-            (row["flops"] / row["bytes"], row["flops"] / row["median_s"]),
-            xytext=(0, -6),
+            "\n".join(cases),
+            (intensity, 0.015),
+            xycoords=("data", "axes fraction"),
+            xytext=(-2, 0),
             textcoords="offset points",
-            fontsize=6.5,
+            rotation=90,
+            fontsize=7,
             color="#555555",
-            ha="center",
-            va="top",
+            ha="right",
+            va="bottom",
         )
 
 
@@ -352,9 +372,8 @@ def _training(workload: str, data: dict[str, Any], order: Sequence[str]) -> Figu
     for axis in (left, right):
         axis.grid(True, which="major", color="#e5e5e5")
         axis.set_axisbelow(True)
-    _legend_below(figure, list(handles.values()), list(handles))
-    figure.suptitle(f"{workload} on {data['mnist']['data']}\n{_machine(data)}", fontsize=10)
-    return figure
+    title = f"{workload} on {data['mnist']['data']}"
+    return _finish(figure, title, data, handles, order)
 
 
 def _smooth(losses: Sequence[float], width: int = 20) -> tuple[list[float], list[float]]:

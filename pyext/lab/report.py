@@ -330,9 +330,15 @@ def _remarks(data: dict[str, Any]) -> Iterator[Text]:
 # --- Markdown ------------------------------------------------------------------------------------
 
 
-def markdown(data: dict[str, Any]) -> str:
-    """The table for a README: one line per case, each cell a time, its ratio and its interval."""
+def markdown(data: dict[str, Any], directions: Sequence[str] | None = None) -> str:
+    """The table for a README: one line per case, each cell a time, its ratio and its interval.
+
+    Args:
+        data: a result file's contents.
+        directions: only these, such as ``("both", "step")``; all if None.
+    """
     rows = [row for row in data["rows"] if row["suite"] != "mnist"]
+    rows = [row for row in rows if directions is None or row["direction"] in directions]
     timed = [row for row in rows if row["status"] == "ok"]
     names = variants_of(timed)
     several_clocks = len({row["clock"] for row in timed}) > 1
@@ -356,7 +362,7 @@ def _line(cells: Sequence[str]) -> str:
 def _markdown_cell(row: Row | None) -> str:
     if row is None:
         return "–"
-    floor = "" if row["pct_of_floor"] is None else f", {row['pct_of_floor']:.0f} % of floor"
+    floor = "" if row["kind"] == "peer" else f", {row['pct_of_floor']:.0f} % of floor"
     if row["verdict"] == "baseline":
         return f"{seconds(row['median_s'])}{floor}"
     if row["verdict"] == "no difference":
