@@ -1,5 +1,6 @@
-// What was built: the compilers, versions, flags and architectures of the compiled libraries, and the registers,
-// shared memory and spills of each CUDA kernel. Includes no PyTorch header, so that it works with any PyTorch.
+// What was built: the compilers, versions, flags and architectures of the compiled libraries, and
+// the registers, shared memory and spills of each CUDA kernel. Includes no PyTorch header, so that
+// it works with any PyTorch.
 
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
@@ -72,8 +73,9 @@ PYBIND11_MODULE(_introspect, module) {
       "cuda_kernels", &cuda_kernels, py::arg("path"),
       R"(The kernels of the CUDA library at `path`, as a list of dicts.
 
-Each has a "name" and either the attributes of the code that the current GPU would run ("registers_per_thread",
-"static_shared_bytes", "max_dynamic_shared_bytes", "local_bytes_per_thread", "constant_bytes",
-"max_threads_per_block", "ptx_version", "binary_version") or an "error" that says why there are none. Raises
-RuntimeError if the library does not load; import torch first, whose libraries it needs.)");
+Each has a "name" and either the attributes of the code that the current GPU would run
+("registers_per_thread", "static_shared_bytes", "max_dynamic_shared_bytes",
+"local_bytes_per_thread", "constant_bytes", "max_threads_per_block", "ptx_version",
+"binary_version") or an "error" that says why there are none. Raises RuntimeError if the library
+does not load; import torch first, whose libraries it needs.)");
 }

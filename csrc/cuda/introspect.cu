@@ -8,7 +8,7 @@
 
 namespace {
 
-// A function's static, because the kernels register while the library's other files are still initialising.
+// A function's static: kernels register while the library's other files are still initialising.
 std::vector<const pyext::RegisteredKernel*>& table() {
   static std::vector<const pyext::RegisteredKernel*> kernels;
   return kernels;

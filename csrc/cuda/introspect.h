@@ -1,11 +1,13 @@
-// The table of this library's CUDA kernels, for tools that ask for their registers, shared memory and spills.
+// The table of this library's CUDA kernels, for tools that ask for their registers, shared memory
+// and spills.
 //
 // A .cu file names each kernel that it launches, at namespace scope:
 //
 //     PYEXT_REGISTER_KERNEL("relu_forward<float>", (relu_forward_kernel<float>));
 //
-// csrc/introspect.cpp reads the table through the C functions below, without linking to this library. They
-// work without a GPU as far as they can: the names are always there, the attributes come with an error text.
+// csrc/introspect.cpp reads the table through the C functions below, without linking to this
+// library. They work without a GPU as far as they can: the names are always there, the attributes
+// come with an error text.
 
 #pragma once
 
