@@ -3,9 +3,9 @@
 //   grad_x = d @ w1^T, grad_w1 = x^T @ d, grad_w2 = hidden^T @ grad_out, grad_b = column sums
 // x (N, I), w1 (I, H), w2 (H, O).
 //
-// FLOPs: forward 2NH(I + O), backward twice that. Bias and ReLU run in the first product's epilogue,
-// the mask of ReLU's backward in the epilogue of the product that makes d, so that no pre-activation
-// ever reaches memory. Launch shapes: product.cuh, column_sum.cuh.
+// FLOPs: forward 2NH(I + O), backward twice that. Bias and ReLU run in the first product's
+// epilogue, the mask of ReLU's backward in the epilogue of the product that makes d, so that no
+// pre-activation ever reaches memory. Launch shapes: product.cuh, column_sum.cuh.
 #pragma once
 
 #include "common/column_sum.cuh"

@@ -50,8 +50,8 @@ struct StoreLoss {
   static constexpr std::size_t shared_bytes(int threads) { return block_sum_bytes<Acc>(threads); }
 };
 
-// scaled_difference (N, O) = scale * (hidden @ w2 + b2 - y), contiguous; the loss goes to loss[0], or
-// for Reduction::none to loss[N * O].
+// scaled_difference (N, O) = scale * (hidden @ w2 + b2 - y), contiguous; the loss goes to loss[0],
+// or for Reduction::none to loss[N * O].
 template <class T>
 void output_layer_loss(const TwoLayerSize& size, const Matrix<const T>& hidden,
                        const Matrix<const T>& w2, const Bias<T>& b2, const Matrix<const T>& y,

@@ -2,9 +2,10 @@
 //   hidden = relu(x @ w1), g = 2 (hidden @ w2 - y), loss = sum(g^2) / 4, d = (g @ w2^T) masked
 //   w1 -= lr * x^T @ d,    w2 -= lr * hidden^T @ g
 //
-// FLOPs 2NH(2I + 3O). Five products; loss and g come from the second one's epilogue, the mask from the
-// third's, and the updates are the last two's epilogues, so that no weight gradient reaches memory.
-// w2 is read by the third product before the last one writes it. Launch shapes: product.cuh.
+// FLOPs 2NH(2I + 3O). Five products; loss and g come from the second one's epilogue, the mask from
+// the third's, and the updates are the last two's epilogues, so that no weight gradient reaches
+// memory. w2 is read by the third product before the last one writes it. Launch shapes:
+// product.cuh.
 #pragma once
 
 #include "two_layer_mse_loss.cuh"

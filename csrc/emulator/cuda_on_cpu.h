@@ -1,11 +1,11 @@
-// Runs CUDA kernels on the CPU, for tests and debuggers: the part of CUDA that the kernels of csrc/cuda
-// use, for a host compiler. Threads of a block are fibers, so a barrier is a yield; blocks run one after
-// the other, and a launch has finished when it returns.
+// Runs CUDA kernels on the CPU, for tests and debuggers: the part of CUDA that the kernels of
+// csrc/cuda use, for a host compiler. Threads of a block are fibers, so a barrier is a yield;
+// blocks run one after the other, and a launch has finished when it returns.
 //
-// Caught here, with the kernel's name, block and thread: a barrier that not all threads of the block
-// reach, a warp operation whose lanes do not arrive or that reads a lane that takes no part, a launch
-// beyond the device's limits, a launch whose error nobody asked for. Shared memory starts as NaN in every
-// block. memory_checks.cpp adds races, unwritten reads and bounds of shared memory.
+// Caught here, with the kernel's name, block and thread: a barrier that not all threads of the
+// block reach, a warp operation whose lanes do not arrive or that reads a lane that takes no part,
+// a launch beyond the device's limits, a launch whose error nobody asked for. Shared memory starts
+// as NaN in every block. memory_checks.cpp adds races, unwritten reads and bounds of shared memory.
 //
 // Not modelled: time, memory ordering weaker than the host's, tensor cores, more than one device.
 #pragma once
@@ -47,8 +47,8 @@ class KernelError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// A meeting of lanes of one warp: each leaves a value, and reads the others' once all have arrived. Two
-// sets of slots, because a fast lane may leave its next value before a slow one has read.
+// A meeting of lanes of one warp: each leaves a value, and reads the others' once all have arrived.
+// Two sets of slots, because a fast lane may leave its next value before a slow one has read.
 struct WarpMeeting {
   unsigned mask;
   unsigned arrived = 0;
@@ -71,8 +71,8 @@ struct Thread {
   unsigned warp() const { return number / WARP_LANES; }
 };
 
-// What memory_checks.cpp needs to know. Epochs count barriers (per block) and meetings (per warp): two
-// accesses in different epochs are ordered.
+// What memory_checks.cpp needs to know. Epochs count barriers (per block) and meetings (per warp):
+// two accesses in different epochs are ordered.
 struct SharedMemoryState {
   unsigned char* data = nullptr;
   std::size_t bytes = 0;
@@ -119,8 +119,8 @@ class Device {
     running_->fiber.yield();
   }
 
-  // The calling lane leaves `value` and waits until all lanes of `mask` have come. Returns what each
-  // left; a lane that has ended or does not exist counts as present, without a value.
+  // The calling lane leaves `value` and waits until all lanes of `mask` have come. Returns what
+  // each left; a lane that has ended or does not exist counts as present, without a value.
   struct Exchanged {
     const std::uint64_t* values;
     unsigned took_part;
@@ -155,7 +155,8 @@ class Device {
            std::to_string(index.z) + ")";
   }
 
-  // Needs the kernel among the dynamic symbols: a shared library, or an executable linked with -rdynamic.
+  // Needs the kernel among the dynamic symbols: a shared library, or an executable linked with
+  // -rdynamic.
   std::string kernel_name() const {
     Dl_info info{};
     if (dladdr(kernel_address_, &info) == 0 || info.dli_sname == nullptr) return "a kernel";

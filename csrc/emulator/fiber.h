@@ -1,4 +1,5 @@
-// Fibers: functions with a stack of their own that hand control back and forth within one OS thread.
+// Fibers: functions with a stack of their own that hand control back and forth within one OS
+// thread.
 #pragma once
 
 #include <sys/mman.h>
@@ -30,7 +31,7 @@ constexpr std::size_t STACK_BYTES = 64 * 1024;
 // swapcontext would do, at the price of two system calls per switch.
 extern "C" void pyext_emulator_switch_stack(void** save, void* load);
 asm(R"(
-.pushsection .text.pyext_emulator_switch_stack, "axG", @progbits, pyext_emulator_switch_stack, comdat
+.pushsection .text.pyext_emulator, "axG", @progbits, pyext_emulator_switch_stack, comdat
 .weak pyext_emulator_switch_stack
 .type pyext_emulator_switch_stack, @function
 pyext_emulator_switch_stack:

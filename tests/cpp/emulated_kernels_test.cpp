@@ -1,6 +1,6 @@
-// Runs every CUDA kernel in the emulator and compares it with naive loops in float64: odd sizes, any
-// strides, unaligned pointers, every tile and every split. Then shows that the emulator reports what a
-// kernel must not do. No PyTorch, no GPU.
+// Runs every CUDA kernel in the emulator and compares it with naive loops in float64: odd sizes,
+// any strides, unaligned pointers, every tile and every split. Then shows that the emulator reports
+// what a kernel must not do. No PyTorch, no GPU.
 #include <cmath>
 #include <cstdio>
 #include <functional>
@@ -197,7 +197,9 @@ void test_mse_loss() {
       target.fill_normal();
       grad.fill_normal();
       double sum = 0;
-      for (int64_t i = 0; i < n; ++i) sum += std::pow(to_double(input[i]) - to_double(target[i]), 2);
+      for (int64_t i = 0; i < n; ++i) {
+        sum += std::pow(to_double(input[i]) - to_double(target[i]), 2);
+      }
 
       Buffer<T> squares(n);
       mse_loss_elementwise<T>(input.data(), target.data(), squares.data(), n, nullptr);
@@ -251,7 +253,7 @@ const Layout LAYOUTS[] = {Layout::rows, Layout::columns, Layout::strided, Layout
 template <class T>
 struct Operand {
   Operand(int64_t rows, int64_t columns, Layout layout)
-      : buffer(3 * rows * columns + 8 * rows + 8 * columns + 1, layout == Layout::unaligned ? 1 : 0),
+      : buffer(3 * rows * columns + 8 * (rows + columns) + 1, layout == Layout::unaligned),
         rows(rows),
         columns(columns) {
     buffer.fill_normal();
@@ -708,7 +710,8 @@ void test_determinism() {
 void test_plans() {
   // The headline shape: split along k, so that more than eight blocks work.
   const ProductPlan headline = plan_product(64, 100, 1000, true);
-  expect(headline.tile == TileChoice::small && headline.parts >= 8, "the headline product is split");
+  expect(headline.tile == TileChoice::small && headline.parts >= 8,
+         "the headline product is split");
   const ProductPlan large = plan_product(8192, 4096, 4096, true);
   expect(large.tile == TileChoice::large && large.parts == 1, "a large product has large tiles");
   for (const int64_t k : {0L, 1L, 15L, 16L, 17L, 1000L, 1L << 40}) {

@@ -1,7 +1,7 @@
 // out[c] = sum over rows of matrix[r][c], in a fixed order: the gradient of a bias.
 //
-// Bytes moved: the matrix once. Launch: blocks of 32 columns x 8 rows, a grid of column tiles x parts
-// of the rows; where there are several parts a second launch of the same kernel adds them.
+// Bytes moved: the matrix once. Launch: blocks of 32 columns x 8 rows, a grid of column tiles x
+// parts of the rows; where there are several parts a second launch of the same kernel adds them.
 #pragma once
 
 #include <algorithm>

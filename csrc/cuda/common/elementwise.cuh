@@ -22,8 +22,8 @@ inline LaunchShape elementwise_shape(int64_t n, int width) {
   return {dim3(static_cast<unsigned>(blocks)), dim3(ELEMENTWISE_THREADS)};
 }
 
-// Calls body(first, lane_count) for every vector of this thread, `VECTORS_IN_FLIGHT` at a time:
-// `visit(base, vectors)` receives the first vector's index and the number of vectors in all.
+// Calls visit(first) for each group of this thread's vectors: first, first + ELEMENTWISE_THREADS,
+// ..., VECTORS_IN_FLIGHT of them, of which those below `vectors` exist.
 template <class Visit>
 __device__ __forceinline__ void for_each_chunk(int64_t vectors, Visit visit) {
   const int64_t chunk = int64_t{ELEMENTWISE_THREADS} * VECTORS_IN_FLIGHT;

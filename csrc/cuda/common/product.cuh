@@ -1,10 +1,10 @@
 // Tiled matrix product with a fused epilogue: C = epilogue(A @ B), A (m, k), B (k, n), any strides.
 //
-// FLOPs 2mnk. Bytes moved: at least A, B and what the epilogue reads and writes; each element of A is
-// read once per tile column, of B once per tile row. Launch: one block per tile of C and split of k.
-// Operands are converted to the accumulation type on their way into double-buffered shared memory,
-// while registers already hold the next piece; every product is an FMA in that type. Tensor-core
-// paths for bf16 and fp16 are to be written when hardware is at hand.
+// FLOPs 2mnk. Bytes moved: at least A, B and what the epilogue reads and writes; each element of A
+// is read once per tile column, of B once per tile row. Launch: one block per tile of C and split
+// of k. Operands are converted to the accumulation type on their way into double-buffered shared
+// memory, while registers already hold the next piece; every product is an FMA in that type.
+// Tensor-core paths for bf16 and fp16 are to be written when hardware is at hand.
 //
 // When C has too few tiles to fill a GPU and k is long, k is split: each block writes the sums over
 // its part of k to a workspace, and a second pass adds them in a fixed order and runs the epilogue.
@@ -22,8 +22,8 @@
 namespace pyext {
 
 // A block computes Rows x Columns of C, `Depth` steps of k at a time. Each thread owns ThreadRows x
-// ThreadColumns of it; a warp's lanes lie 4 x 8, so that one read of a fragment touches every bank of
-// the shared memory once.
+// ThreadColumns of it; a warp's lanes lie 4 x 8, so that one read of a fragment touches every bank
+// of the shared memory once.
 template <int Rows_, int Columns_, int Depth_, int ThreadRows_, int ThreadColumns_,
           int BlocksPerSM_>
 struct Tile {
@@ -76,7 +76,8 @@ class OperandLoader {
     row_stride_ = operand.row_stride;
   }
 
-  // Global memory -> registers: the next Depth columns, of which `depth_left` exist; zeros elsewhere.
+  // Global memory -> registers: the next Depth columns, of which `depth_left` exist; zeros
+  // elsewhere.
   __device__ __forceinline__ void fetch(int64_t depth_left) {
     const int depths = static_cast<int>(depth_left < Depth ? depth_left : Depth);
 #pragma unroll
@@ -156,8 +157,8 @@ __device__ __forceinline__ void load_fragment(const Acc* start, Acc (&fragment)[
   }
 }
 
-// blockIdx.x: the tile, along rows of C first within bands of eight tile rows, so that blocks that run
-// together share operands in L2. blockIdx.y: the part of k.
+// blockIdx.x: the tile, along rows of C first within bands of eight tile rows, so that blocks that
+// run together share operands in L2. blockIdx.y: the part of k.
 struct TilePosition {
   int64_t row;
   int64_t column;
@@ -251,8 +252,8 @@ __global__ void __launch_bounds__(TileShape::THREADS, TileShape::BLOCKS_PER_SM)
       Acc values[QUAD];
 #pragma unroll
       for (int j = 0; j < QUAD; ++j) values[j] = sums[i][quad * QUAD + j];
-      const int64_t columns_left = n - c_column;
-      epilogue.row(c_row, c_column, values, columns_left < QUAD ? static_cast<int>(columns_left) : QUAD);
+      const int count = n - c_column < QUAD ? static_cast<int>(n - c_column) : QUAD;
+      epilogue.row(c_row, c_column, values, count);
     }
   }
   epilogue.finish(blockIdx.x);
@@ -341,9 +342,9 @@ inline ProductPlan plan_with(TileChoice choice, int64_t m, int64_t n, int64_t k,
 }
 
 // The choice depends on the shape alone, so that every device gives the same bits. The largest tile
-// wins that (a) is at least half full and (b) makes enough blocks for a GPU of 100 to 150 SMs, if need
-// be by splitting k into parts long enough to pay for the second pass. Large tiles do more FMAs per
-// shared-memory read; small ones get to work at all where C is small.
+// wins that (a) is at least half full and (b) makes enough blocks for a GPU of 100 to 150 SMs, if
+// need be by splitting k into parts long enough to pay for the second pass. Large tiles do more
+// FMAs per shared-memory read; small ones get to work at all where C is small.
 inline ProductPlan plan_product(int64_t m, int64_t n, int64_t k, bool has_large_tile) {
   struct Candidate {
     TileChoice tile;

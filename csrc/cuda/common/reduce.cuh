@@ -13,8 +13,8 @@ constexpr std::size_t block_sum_bytes(int threads) {
   return threads / WARP_SIZE * sizeof(Acc);
 }
 
-// Sum of `value` over the block, valid in thread 0. All threads of the block must call it; the block
-// is one-dimensional and made of whole warps. Overwrites the start of the shared memory.
+// Sum of `value` over the block, valid in thread 0. All threads of the block must call it; the
+// block is one-dimensional and made of whole warps. Overwrites the start of the shared memory.
 template <class Acc>
 __device__ __forceinline__ Acc block_sum(Acc value) {
   Acc* warp_sums = shared_memory<Acc>();

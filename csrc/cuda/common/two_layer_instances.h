@@ -1,5 +1,5 @@
-// The building blocks that several two-layer ops share are compiled once, each in the .cu of the op that
-// defines it; the other ops only declare them.
+// The building blocks that several two-layer ops share are compiled once, each in the .cu of the op
+// that defines it; the other ops only declare them.
 #pragma once
 
 #include "../two_layer_mse_loss.cuh"
@@ -11,18 +11,18 @@
   MACRO(__nv_bfloat16)
 
 // `keyword` is `extern` for a declaration and empty for the definition.
-#define PYEXT_TWO_LAYER_INSTANCE(keyword, T)                                                        \
-  keyword template void product_parts<T>(const ProductPlan&, const Matrix<const T>&,                \
-                                         const Matrix<const T>&, int64_t, int64_t, int64_t,         \
-                                         Accumulate<T>*, int64_t, cudaStream_t);                    \
-  keyword template void hidden_layer<T>(const TwoLayerSize&, const Matrix<const T>&,                \
-                                        const Matrix<const T>&, const Bias<T>&, T*, Scratch&,       \
-                                        cudaStream_t);                                              \
-  keyword template void hidden_gradient<T>(const TwoLayerSize&, const Matrix<const T>&,             \
-                                           const Matrix<const T>&, const Matrix<const T>&,          \
+#define PYEXT_TWO_LAYER_INSTANCE(keyword, T)                                                       \
+  keyword template void product_parts<T>(const ProductPlan&, const Matrix<const T>&,               \
+                                         const Matrix<const T>&, int64_t, int64_t, int64_t,        \
+                                         Accumulate<T>*, int64_t, cudaStream_t);                   \
+  keyword template void hidden_layer<T>(const TwoLayerSize&, const Matrix<const T>&,               \
+                                        const Matrix<const T>&, const Bias<T>&, T*, Scratch&,      \
+                                        cudaStream_t);                                             \
+  keyword template void hidden_gradient<T>(const TwoLayerSize&, const Matrix<const T>&,            \
+                                           const Matrix<const T>&, const Matrix<const T>&,         \
                                            const Matrix<const T>&, T*, Scratch&, cudaStream_t);
 
-#define PYEXT_TWO_LAYER_MSE_LOSS_INSTANCE(keyword, T)                                               \
-  keyword template void output_layer_loss<T>(                                                       \
-      const TwoLayerSize&, const Matrix<const T>&, const Matrix<const T>&, const Bias<T>&,          \
+#define PYEXT_TWO_LAYER_MSE_LOSS_INSTANCE(keyword, T)                                              \
+  keyword template void output_layer_loss<T>(                                                      \
+      const TwoLayerSize&, const Matrix<const T>&, const Matrix<const T>&, const Bias<T>&,         \
       const Matrix<const T>&, Reduction, Accumulate<T>, T*, T*, Scratch&, cudaStream_t);
