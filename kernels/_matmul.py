@@ -28,6 +28,7 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 # What a GPU needs to be busy: about one program for each of its 108 (sm_80) to 148 (sm_100)
 # multiprocessors. A constant, so that a result does not depend on the device's size.
 PROGRAMS_WANTED = 128
+SHORTEST_PART = 256  # of K
 
 
 class Tiling(NamedTuple):
@@ -42,37 +43,34 @@ class Tiling(NamedTuple):
 def choose_tiling(m, n, k, itemsize):
     """Tile sizes for a product, by its shape alone.
 
-    Large tiles reuse operands most; they are halved while the product has too few tiles to occupy
-    the GPU, and the longer side first. float32 and float64 have their operands in registers (no
-    tensor core multiplies float32 exactly), which bounds their tiles. If tiles of the least size
-    are still few and K is long (a weight gradient over a large batch), K is split, in parts of at
-    least 512 so that each pays for the second kernel.
+    Large tiles reuse operands most: an output element costs block_m + block_n loads per block_m *
+    block_n products. They are cut to the matrix, then halved, the longer side first, while there
+    are too few of them to occupy the GPU. If tiles of 32 x 32 are still few and K is long (a weight
+    gradient over a large batch), K is split, in parts long enough to pay for the second kernel.
+    No tensor core multiplies float32 exactly, so its operands pass through registers, which bounds
+    block_k while the tile is large. None of these spills registers on sm_80, sm_90 or sm_100.
     """
     if INTERPRETED:  # programs run one after the other in NumPy: as few as possible
         sides = (min(max(16, triton.next_power_of_2(size)), 256) for size in (m, n, k))
         return Tiling(*sides, splits=1, warps=1, stages=1)
-    block_m, block_n, block_k, warps, stages = {
-        2: (128, 128, 64, 8, 3),
-        4: (64, 64, 32, 4, 3),
-        8: (64, 64, 16, 4, 3),
-    }[itemsize]
+    block_m, block_n, block_k = {2: (128, 128, 64), 4: (128, 128, 16), 8: (64, 64, 16)}[itemsize]
+    block_m = min(block_m, max(16, triton.next_power_of_2(m)))
+    block_n = min(block_n, max(16, triton.next_power_of_2(n)))
 
     def tiles():
         return triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
 
-    while block_n > 16 and n <= block_n // 2:
-        block_n //= 2
-    while block_m > 16 and m <= block_m // 2:
-        block_m //= 2
     while tiles() < PROGRAMS_WANTED and max(block_m, block_n) > 32:
         if block_m >= block_n:
             block_m //= 2
         else:
             block_n //= 2
-    if block_m * block_n <= 64 * 64:
-        warps = 4
-    splits = min(PROGRAMS_WANTED // max(tiles(), 1), k // 512, 32)
-    return Tiling(block_m, block_n, block_k, max(splits, 1), warps, stages)
+    small = block_m * block_n <= 64 * 64
+    if small:
+        block_k = max(block_k, 32)
+    block_k = min(block_k, max(16, triton.next_power_of_2(k)))
+    splits = min(PROGRAMS_WANTED // tiles(), k // SHORTEST_PART, 32)
+    return Tiling(block_m, block_n, block_k, max(splits, 1), warps=4 if small else 8, stages=3)
 
 
 @triton.jit
@@ -139,7 +137,9 @@ def _epilogue(
     tl.store(pointers, rounded(acc, T), mask=inside)
 
 
-@triton.jit(do_not_specialize=["lr_bits"])
+# steps: a single step would lose its loop, and float32's dot then keeps every operand in a register
+# at once and spills (seen on sm_90: 4 KiB of stack per thread).
+@triton.jit(do_not_specialize=["lr_bits", "steps"])
 def _matmul_kernel(
     a,
     b,

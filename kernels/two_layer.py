@@ -18,7 +18,7 @@ from ._registration import expect, expect_floating, raw_op
 def check_network(x, w1, w2, b1=None, b2=None):
     """Refuse parameters that do not fit x (N, I) -> (N, H) -> (N, O). Raises RuntimeError."""
     expect_floating("x", x)
-    expect("x", x, (x.size(0), w1.size(0)), like=x)
+    expect("x", x, x.shape[:2], like=x)
     expect("w1", w1, (x.size(1), w1.size(1)), like=x)
     expect("w2", w2, (w1.size(1), w2.size(1)), like=x)
     if b1 is not None:

@@ -1,0 +1,145 @@
+"""What is special to the Triton kernels: tiles and splits, rounding, 64-bit offsets, registration.
+
+That they agree with ``eager`` is tested with the other backends in test_ops.py.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import configurations, dtype_id, raw_ops, through
+
+from pyext import registry
+from pyext.backends import BACKENDS
+from pyext.lab.check import verify
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+TRITON = BACKENDS["triton"]
+DEVICES = [
+    pytest.param(parameter.values[1], id=parameter.id, marks=parameter.marks)
+    for parameter in configurations()
+    if parameter.values[0] == TRITON.name
+]
+# Several tiles each way, odd edges, and a K that splits unevenly; by the numbers in a shape.
+SHAPES = {1: (1001,), 4: (20, 70, 36, 18)}
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+
+
+def test_import_pyext_imports_no_triton():
+    code = "import sys, pyext, pyext.kernels, pyext.functional; print('triton' in sys.modules)"
+    assert run_python(code) == "False"
+
+
+@pytest.mark.parametrize(("op", "raw_op"), raw_ops())
+def test_schema_is_that_of_the_compiled_op(op, raw_op):
+    if reason := BACKENDS["extension"].unavailable("cpu", op.name):
+        pytest.skip(reason)
+    ours = str(getattr(TRITON.raw, raw_op.name).default._schema)
+    compiled = str(getattr(BACKENDS["extension"].raw, raw_op.name).default._schema)
+    assert ours.removeprefix("pyext_triton::") == compiled.removeprefix("pyext::")
+
+
+@pytest.mark.parametrize(("op", "raw_op"), raw_ops())
+def test_is_visible_to_torch_compile_only_if_compiled(op, raw_op):
+    """An interpreted triton_op fails opcheck and fullgraph; a compiled custom_op is opaque."""
+    from torch._library.triton import get_triton_kernels_for_op
+
+    assert hasattr(TRITON.raw, raw_op.name)
+    kernels = get_triton_kernels_for_op(f"pyext_triton::{raw_op.name}")
+    assert bool(kernels) != TRITON.interpreted
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Every kernel in many programs, with K split: what only large operands would reach."""
+    TRITON.raw  # noqa: B018  imports the kernels
+    from pyext.kernels import _matmul, mse_loss, relu
+
+    def choose_tiling(m, n, k, itemsize):
+        return _matmul.Tiling(16, 16, 16, splits=3 if k > 32 else 1, warps=1, stages=1)
+
+    monkeypatch.setattr(_matmul, "choose_tiling", choose_tiling)
+    monkeypatch.setattr(mse_loss, "MAX_PROGRAMS", 5)
+    for module in (mse_loss, relu):
+        monkeypatch.setattr(module, "block_size", lambda n, itemsize: 64)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", registry.FLOATING_DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("op", registry.ops().values(), ids=registry.ops())
+def test_many_tiles_and_split_sums(op, dtype, device, small_tiles):
+    generator = torch.Generator(device).manual_seed(0)
+    shape = SHAPES[len(op.shape_names)]
+    args = op.check_inputs(op.benchmark_inputs(shape, dtype, torch.device(device), generator))
+    result = verify(op, through(op, "triton"), args)
+    assert result, result.detail
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=dtype_id)
+def test_results_are_rounded_to_nearest_even(dtype, device):
+    """Triton's interpreter truncates bfloat16; the kernels must round in both modes."""
+    x = torch.randn(4096, device=device).to(dtype)
+    x[:4] = torch.tensor([0.0, -0.0, torch.inf, torch.nan])
+    squared = TRITON.raw.mse_loss_forward(x, torch.zeros_like(x), 0)
+    expected = x.float().square().to(dtype)
+    assert torch.equal(squared.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_learning_rate_is_not_rounded_to_float32(device):
+    one = torch.ones(1, 1, dtype=torch.float64, device=device)
+    w1, w2 = one.clone(), one.clone()
+    TRITON.raw.two_layer_sgd_step(one, 2 * one, w1, w2, 0.1)  # each gradient is 2 (1 - 2) = -2
+    assert abs(w1.item() - 1.2) < 1e-15 and abs(w2.item() - 1.2) < 1e-15
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_raw_ops_refuse_what_would_read_out_of_bounds(device):
+    x, w1, w2 = (torch.ones(s, device=device) for s in ((5, 4), (4, 3), (3, 2)))
+    y = torch.ones(5, 2, device=device)
+    raw = TRITON.raw
+    for name, call in {
+        "w1": lambda: raw.two_layer_forward(x, w1[:3], w2, None, None),
+        "w2": lambda: raw.two_layer_forward(x, w1, w2.double(), None, None),
+        "b2": lambda: raw.two_layer_forward(x, w1, w2, None, w1[0]),
+        "y": lambda: raw.two_layer_sgd_step(x, y[:4], w1, w2, 0.1),
+        "target": lambda: raw.mse_loss_forward(x, x[:4], 1),
+        "grad": lambda: raw.relu_backward(x[:4], x),
+    }.items():
+        with pytest.raises(RuntimeError, match=f"{name}: expected shape"):
+            call()
+    assert w1.eq(1).all() and w2.eq(1).all()
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("device", DEVICES)
+def test_more_than_two_to_the_31_elements(device):
+    x = torch.zeros(2**31 + 5, dtype=torch.int8, device=device)
+    x[-1], x[-2] = 3, -3
+    out = TRITON.raw.relu_forward(x)
+    assert out[-1] == 3 and out[-2] == 0 and out.sum() == 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="without a GPU this process interprets")
+def test_interpreted_on_a_machine_with_a_gpu():
+    """There this process compiles the kernels, so the interpreted checks get one of their own."""
+    folder = os.path.dirname(__file__)
+    files = [os.path.join(folder, name) for name in ("test_ops.py", "test_triton.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "triton-cpu", *files]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:]
