@@ -101,6 +101,8 @@ def test_every_epoch_goes_through_all_examples_in_another_order(loaded):
         orders.append(torch.cat(seen).tolist())
         training.end_epoch()
     assert orders[0] != orders[1]
+    other = mnist_mlp.prepare(HyperParameters(batch_size=48, seed=2), loaded)
+    assert other.next_batch()[1].tolist() != orders[0]
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(loaded.train_labels.tolist())
 
 
@@ -359,11 +361,21 @@ def test_missing_device(folder, capsys):
     assert code == 3 and "--device cuda is not available" in err
 
 
-def test_missing_backend(folder, capsys):
-    if BACKENDS["triton"].unavailable("cpu") is None:
-        pytest.skip("Triton runs in its interpreter here")
+def test_missing_backend(folder, capsys, monkeypatch):
+    monkeypatch.setattr(type(BACKENDS["triton"]), "interpreted", False)
     code, _, err = _main(capsys, "--device", "cpu", "--backend", "triton")
-    assert code == 3 and BACKENDS["triton"].unavailable("cpu") in err
+    reason = BACKENDS["triton"].unavailable("cpu")
+    assert code == 3 and f"backend 'triton' is not available for cpu: {reason}" in err
+
+
+def test_an_interpreted_backend_trains_when_it_is_named(folder, capsys):
+    if not BACKENDS["triton"].interpreted or BACKENDS["triton"].unavailable("cpu"):
+        pytest.skip("Triton does not run in its interpreter here")
+    options = ("--device", "cpu", "--batch-size", 48, "--epochs", 1)
+    code, out, _ = _main(capsys, *options, "--backend", "triton")
+    assert code == 0 and "triton runs in its interpreter here" in out
+    _, eager, _ = _main(capsys, *options, "--backend", "eager")
+    assert _results(out) == _results(eager)
 
 
 def test_a_diverging_run_exits_with_1(folder, capsys):
