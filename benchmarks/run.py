@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for mnist_suite, when imported by tests
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # PyTorch's profiler logs to the terminal otherwise
 
 import mnist_suite  # noqa: E402
 import torch  # noqa: E402
@@ -259,7 +260,7 @@ def _shapes(
             forms = "; ".join(f"{op.name} takes {'x'.join(op.shape_names)}" for op in ops)
             text = "x".join(map(str, shape))
             parser.error(
-                f"--shape {text} fits none of the chosen suites: {forms or 'none has any'}"
+                f"--shape {text} fits none of the chosen suites: {forms or 'none takes a shape'}"
             )
     shapes = {
         op.name: tuple(shape for shape in given if len(shape) == len(op.shape_names)) for op in ops

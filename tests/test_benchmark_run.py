@@ -1,0 +1,327 @@
+"""The main job, `benchmarks/run.py`: exit codes, files, and that nothing wrong ever gets a time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyext import registry
+from pyext.backends import BACKENDS
+from pyext.lab import __main__ as lab_main
+from pyext.lab import isolated, results
+from pyext.lab.cases import Case
+from pyext.lab.measure import Effort, Samples
+from pyext.lab.peers import PEERS
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "benchmarks" / "run.py"
+TINY = Effort(warmup_s=0.0, measure_s=0.001, blocks=3)
+TIMES = (
+    "median_s",
+    "p20_s",
+    "p80_s",
+    "interleaved_median_s",
+    "alone_median_s",
+    "ratio_vs_eager",
+    "ratio_ci",
+    "pct_of_floor",
+)
+needs_extension = pytest.mark.skipif(
+    BACKENDS["extension"].unavailable("cpu") is not None,
+    reason=f"extension: {BACKENDS['extension'].unavailable('cpu')}",
+)
+
+
+@pytest.fixture(scope="module")
+def run():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("benchmarks_run", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _flags():
+    """A run turns TF32 off and may set the thread count for its whole process."""
+    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    threads = torch.get_num_threads()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = cudnn
+    torch.set_num_threads(threads)
+
+
+def relu_run(run, folder: Path, *more: str) -> tuple[int, dict]:
+    """A run of relu on one small shape; the exit code and the result file."""
+    arguments = ["--device", "cpu", "--suite", "relu", "--shape", "4096", "--out", str(folder)]
+    code = run.main([*arguments, *more], effort=TINY, alone=False)
+    return code, results.load(folder)
+
+
+class TestCommandLine:
+    @pytest.mark.parametrize(
+        ("arguments", "sentence"),
+        [
+            (["--suite", "relu,tanh"], "--suite does not know 'tanh'; it accepts mse_loss, relu"),
+            (["--backend", "cuda"], "--backend does not know 'cuda'; it accepts eager, extension"),
+            (["--peer", "numpy"], "--peer does not know 'numpy'; it accepts eager-inplace"),
+            (["--dtype", "int8"], "--dtype does not know 'int8'; it accepts float64"),
+            (["--suite", ""], "--suite does not know an empty list"),
+            (["--shape", "4096x"], "does not understand '4096x'; it accepts positive numbers"),
+            (["--shape", "0"], "does not understand '0'"),
+            (
+                ["--suite", "relu", "--shape", "4x4"],
+                "--shape 4x4 fits none of the chosen suites: relu takes n",
+            ),
+            (
+                ["--suite", "mnist", "--shape", "4"],
+                "--shape 4 fits none of the chosen suites: none takes a shape",
+            ),
+            (["--threads", "0"], "must be at least 1"),
+            (["--threads", "many"], "--threads"),
+            (["--device", "tpu"], "--device"),
+            (["--profile", "slow"], "'quick', 'full'"),
+        ],
+    )
+    def test_wrong_usage_is_one_sentence_and_2(self, run, arguments, sentence, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            run.main(["--device", "cpu", *arguments])
+        assert stopped.value.code == 2
+        assert sentence in capsys.readouterr().err
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+    def test_cuda_without_a_gpu_is_one_sentence_and_3(self, run, capsys):
+        assert run.main(["--device", "cuda"]) == 3
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1
+        assert captured.err.startswith("--device cuda cannot be used here: ")
+
+    def test_list_names_everything(self, run, capsys):
+        assert run.main(["--device", "cpu", "--list"]) == 0
+        out = capsys.readouterr().out
+        for name in (*registry.ops(), "mnist", *BACKENDS, *PEERS):
+            assert name in out
+
+    def test_the_folder_is_named_after_device_and_time(self, run):
+        name = run._default_name(torch.device("cpu"))
+        device, day, clock = name.rsplit("-", 2)
+        assert device == device.lower() and "/" not in device and " " not in device
+        assert len(day) == 8 and len(clock) == 6
+
+    def test_an_unwritable_folder_is_a_sentence(self, run, tmp_path, capsys):
+        (tmp_path / "file").write_text("")
+        code = run.main(
+            ["--device", "cpu", "--suite", "relu", "--out", str(tmp_path / "file" / "x")]
+        )
+        assert code == 2
+        assert "Cannot write to" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def finished(run, tmp_path_factory):
+    """Exit code, result file and folder of a small run."""
+    folder = tmp_path_factory.mktemp("run")
+    arguments = ("--backend", "eager,extension", "--peer", "eager-inplace,graph", "--seed", "3")
+    return (*relu_run(run, folder, *arguments), folder)
+
+
+class TestFiles:
+    def test_every_row_has_every_field(self, finished):
+        code, data, _ = finished
+        assert code == 0
+        assert data["schema"] == results.SCHEMA
+        assert data["complete"] is True and data["interrupted"] is False
+        for row in data["rows"]:
+            assert list(row) == list(results.COLUMNS)
+        # eager-inplace computes both directions at once and has no others.
+        assert {(row["direction"], row["variant"]) for row in data["rows"]} == {
+            (direction, variant)
+            for direction in ("forward", "backward", "both")
+            for variant in ("eager", "extension", "eager-inplace", "graph")
+            if variant != "eager-inplace" or direction == "both"
+        }
+
+    def test_what_was_timed_was_verified(self, finished):
+        _, data, _ = finished
+        timed = [row for row in data["rows"] if row["status"] == "ok"]
+        assert timed
+        for row in timed:
+            assert row["verified"] is True
+            assert row["rel_err"] < 1e-5
+            assert 0 < row["p20_s"] <= row["median_s"] <= row["p80_s"]
+            assert row["clock"] == "host"
+            low, high = row["ratio_ci"]
+            assert low <= high
+            assert row["floor_s"] > 0
+            assert row["pct_of_floor"] == pytest.approx(100 * row["floor_s"] / row["median_s"])
+            if row["variant"] == "eager":
+                assert row["ratio_vs_eager"] == 1
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+    def test_what_is_unavailable_says_why(self, finished):
+        _, data, _ = finished
+        rows = [row for row in data["rows"] if row["variant"] == "graph"]
+        assert len(rows) == 3
+        for row in rows:
+            assert row["status"] == "unavailable"
+            assert "need an NVIDIA GPU" in row["reason"]
+            assert all(row[name] is None for name in TIMES)
+
+    def test_the_environment_is_whole_and_names_nobody(self, finished):
+        _, data, _ = finished
+        environment = data["environment"]
+        assert environment["seed"] == 3
+        assert environment["threads"] == torch.get_num_threads()
+        assert environment["flags"]["tf32"] is False
+        assert environment["versions"]["torch"] == torch.__version__
+        assert environment["cpu"]["model"] == environment["device"]
+        assert set(environment["commit"]) == {"hash", "dirty"}
+        text = json.dumps(data)
+        assert socket.gethostname() not in text
+        assert str(ROOT) not in text and str(Path.home()) + "/" not in text
+
+    def test_ceilings_name_what_reached_them(self, finished):
+        _, data, _ = finished
+        ceilings = data["ceilings"]
+        every = [ceilings["copy"], *ceilings["fma"].values(), *ceilings["matrix"].values()]
+        for ceiling in (*every, ceilings["launch"]["host"]):
+            assert ceiling["value"] > 0
+            assert ceiling["source"]
+
+    def test_plots_and_tables_can_be_made_again(self, finished, capsys):
+        _, data, folder = finished
+        plots = {"time_relu.png", "ratio.png", "roofline.png"}
+        assert plots <= {path.name for path in folder.iterdir()}
+        for name in plots:
+            (folder / name).unlink()
+        assert lab_main.main(["report", str(folder), "--direction", "both"]) == 0
+        assert plots <= {path.name for path in folder.iterdir()}
+        out = capsys.readouterr().out
+        assert out.count("| `relu` | both | 4096 | float32 |") == 1
+        assert "forward" not in out.split("Measured")[0]
+        assert f"Measured {data['started'][:10]} on {data['environment']['device']}" in out
+
+
+@needs_extension
+class TestWrong:
+    """A backend that is wrong gets a row that says so, no time, and exit code 1."""
+
+    def plant(self, monkeypatch, function) -> None:
+        op = dataclasses.replace(registry.get("relu"), function=function)
+        monkeypatch.setitem(registry.ops(), "relu", op)
+
+    def check(self, run, folder: Path, status: str, reason: str) -> None:
+        code, data = relu_run(run, folder, "--backend", "eager,extension", "--peer", "none")
+        assert code == 1
+        rows = [row for row in data["rows"] if row["variant"] == "extension"]
+        assert len(rows) == 3
+        for row in rows:
+            assert row["status"] == status
+            assert row["verified"] is False
+            assert reason in row["reason"]
+            assert all(row[name] is None for name in TIMES)
+        for row in data["rows"]:
+            if row["variant"] == "eager":
+                assert row["status"] == "ok" and row["median_s"] > 0
+
+    def test_from_the_start(self, run, monkeypatch, tmp_path, capsys):
+        self.plant(monkeypatch, lambda x, *, backend: torch.nn.functional.leaky_relu(x, 0.001))
+        self.check(run, tmp_path, "wrong", "off by")
+        assert "A result was wrong: extension in relu" in capsys.readouterr().out
+
+    def test_only_after_a_while(self, run, monkeypatch, tmp_path):
+        calls = 0
+
+        def tiring(x, *, backend):
+            nonlocal calls
+            calls += 1
+            return torch.relu(x) if calls <= 3 else x.clone()
+
+        self.plant(monkeypatch, tiring)
+        self.check(run, tmp_path, "wrong", "off by")
+        first = next(row for row in results.load(tmp_path)["rows"] if row["variant"] == "extension")
+        assert first["reason"].startswith("right before the timing, not after it")
+
+    def test_that_raises(self, run, monkeypatch, tmp_path):
+        def broken(x, *, backend):
+            raise RuntimeError("the kernel fell over\nand more lines")
+
+        self.plant(monkeypatch, broken)
+        self.check(run, tmp_path, "error", "RuntimeError: the kernel fell over")
+
+
+class TestProcesses:
+    CASE = Case("relu", "both", (64,), "float32", "cpu")
+
+    def test_a_variant_can_be_timed_alone(self):
+        ((case, samples),) = isolated.time_alone("eager", [self.CASE], TINY, seed=0)
+        assert case == self.CASE
+        assert isinstance(samples["host"], Samples)
+        assert samples["host"].median > 0
+
+    @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
+    def test_interpreted_rows_are_checked_and_have_no_time(self, run, tmp_path):
+        code, data = relu_run(run, tmp_path, "--backend", "triton", "--peer", "none")
+        assert code == 0
+        rows = [row for row in data["rows"] if row["variant"] == "triton"]
+        assert {row["direction"] for row in rows} == {"forward", "backward", "both"}
+        for row in rows:
+            assert row["status"] == "interpreted"
+            assert row["verified"] is True
+            assert row["rel_err"] is not None
+            assert all(row[name] is None for name in (*TIMES, "clock", "floor_s"))
+
+    def test_ctrl_c_keeps_the_finished_rows(self, tmp_path):
+        program = (
+            "import sys; sys.path.insert(0, sys.argv[1]); import run; "
+            "from pyext.lab.measure import Effort; "
+            "sys.exit(run.main(sys.argv[2:], effort=Effort(0.2, 1.0, 5), alone=False))"
+        )
+        arguments = "--device cpu --suite relu,mse_loss --backend eager --peer none --out".split()
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(SCRIPT.parent), *arguments, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "COLUMNS": "150"},
+        )
+        try:
+            finished = _wait_for_rows(process, tmp_path / "results.json", at_least=2)
+            process.send_signal(signal.SIGINT)
+            out, _ = process.communicate(timeout=120)
+        finally:
+            process.kill()
+        assert process.returncode == 130, out
+        assert "finished rows are kept" in out
+        data = results.load(tmp_path)
+        assert data["interrupted"] is True and data["complete"] is False
+        assert len(data["rows"]) >= finished
+        assert all(row["status"] == "ok" and row["median_s"] > 0 for row in data["rows"])
+        assert (tmp_path / "results.csv").exists()
+
+
+def _wait_for_rows(process: subprocess.Popen, path: Path, at_least: int) -> int:
+    """Waits until the file has that many rows; returns how many it has."""
+    for _ in range(1200):
+        if process.poll() is not None:
+            pytest.fail(f"it ended with {process.returncode}: {process.stdout.read()}")
+        with contextlib.suppress(FileNotFoundError):
+            rows = len(json.loads(path.read_text())["rows"])
+            if rows >= at_least:
+                return rows
+        time.sleep(0.1)
+    pytest.fail("no rows within two minutes")

@@ -1,0 +1,237 @@
+"""The lab's clocks, statistics, floors and result files, on made-up numbers and tiny subjects."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import json
+import resource
+
+import numpy as np
+import pytest
+import torch
+
+from pyext.lab import measure, report, results, roofline
+from pyext.lab.cases import Case
+from pyext.lab.measure import Effort, Samples, Subject, ratio_of_medians
+from pyext.registry import Cost
+
+CPU = torch.device("cpu")
+TINY = Effort(warmup_s=0.0, measure_s=0.0, blocks=4)
+
+
+def made_up(median: float, *, blocks: int = 20, seed: int = 0, drift=None) -> Samples:
+    """Samples with 5 % of noise, times a drift per block that variants may share."""
+    noise = np.random.default_rng(seed).normal(1.0, 0.05, size=(blocks, 5))
+    drift = np.ones(blocks) if drift is None else drift
+    return Samples(median * noise * drift[:, None], calls_per_sample=1)
+
+
+class TestRatio:
+    @pytest.mark.parametrize("paired", [True, False])
+    def test_contains_the_true_ratio(self, paired):
+        ratio = ratio_of_medians(made_up(2e-3), made_up(1e-3, seed=1), paired=paired, seed=0)
+        assert ratio.low < 2 < ratio.high
+        assert ratio.low < ratio.value < ratio.high
+        assert ratio.high / ratio.low < 1.2
+        assert ratio.verdict == "faster"
+
+    def test_below_one_is_slower(self):
+        ratio = ratio_of_medians(made_up(1e-3), made_up(2e-3, seed=1), paired=True, seed=0)
+        assert ratio.high < 1
+        assert ratio.verdict == "slower"
+
+    def test_equal_times_are_no_difference(self):
+        verdicts = [
+            ratio_of_medians(
+                made_up(1e-3, seed=2 * i), made_up(1e-3, seed=2 * i + 1), paired=True, seed=i
+            ).verdict
+            for i in range(20)
+        ]
+        # At 95 % one of twenty may miss; three would be a faulty interval.
+        assert verdicts.count("no difference") >= 18
+
+    def test_pairing_cancels_a_common_drift(self):
+        drift = np.linspace(1.0, 3.0, 20)
+        baseline, variant = made_up(2e-3, drift=drift), made_up(1e-3, seed=1, drift=drift)
+        paired = ratio_of_medians(baseline, variant, paired=True, seed=0)
+        independent = ratio_of_medians(baseline, variant, paired=False, seed=0)
+        assert paired.high - paired.low < 0.5 * (independent.high - independent.low)
+
+    def test_the_seed_decides(self):
+        baseline, variant = made_up(2e-3), made_up(1e-3, seed=1)
+        first, again, other = (
+            ratio_of_medians(baseline, variant, paired=True, seed=seed) for seed in (3, 3, 4)
+        )
+        assert first == again != other
+
+    def test_paired_samples_need_equally_many_blocks(self):
+        with pytest.raises(ValueError, match="equally many blocks, got 20 and 19"):
+            ratio_of_medians(made_up(1), made_up(1, blocks=19), paired=True, seed=0)
+
+
+class TestMeasure:
+    def test_interleaves_in_blocks_and_prepares_every_batch(self):
+        log: list[tuple[str, str, int]] = []
+
+        def subject(name: str) -> Subject:
+            return Subject(
+                name,
+                call=lambda: log.append((name, "call", 1)),
+                prepare=lambda calls: log.append((name, "prepare", calls)),
+                max_batch=3,
+            )
+
+        timed = measure.measure([subject("a"), subject("b")], "host", TINY, device=CPU, seed=0)
+        assert set(timed) == {"a", "b"}
+        for samples in timed.values():
+            assert samples.seconds.shape[0] == TINY.blocks
+            assert samples.calls_per_sample <= 3
+            assert (samples.seconds > 0).all()
+        batches = [entry for entry in log if entry[1] == "prepare"]
+        for name in "ab":
+            prepared = sum(calls for who, _, calls in batches if who == name)
+            assert prepared == sum(1 for who, what, _ in log if (who, what) == (name, "call"))
+        turns = [who for i, (who, _, _) in enumerate(batches) if i == 0 or batches[i - 1][0] != who]
+        assert len(turns) >= 2 * TINY.blocks - TINY.blocks // 2, "they took turns"
+
+    def test_the_garbage_collector_rests_and_comes_back(self):
+        seen = []
+        subject = Subject("a", call=lambda: seen.append(gc.isenabled()))
+        assert gc.isenabled()
+        measure.measure([subject], "host", TINY, device=CPU, seed=0)
+        assert not any(seen)
+        assert gc.isenabled()
+
+    def test_synchronizes_once_inside_each_batch(self):
+        events = []
+        subject = Subject(
+            "a", lambda: events.append("call"), synchronize=lambda: events.append("wait")
+        )
+        samples = measure.measure([subject], "host", TINY, device=CPU, seed=0)["a"]
+        batch = "call" * samples.calls_per_sample
+        assert f"wait{batch}wait" in "".join(events)
+
+    def test_refuses_a_clock_that_the_device_lacks(self):
+        with pytest.raises(ValueError, match="'device_cold' does not exist on 'cpu'"):
+            measure.measure([], "device_cold", TINY, device=CPU, seed=0)
+
+    @pytest.mark.skipif(not measure.can_recycle_memory(), reason="needs glibc's malloc")
+    def test_recycled_memory_costs_no_page_faults(self):
+        def faults() -> int:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.empty(2**24).fill_(1)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        fresh = min(faults() for _ in range(3))
+        with measure.recycled_memory():
+            recycled = min(faults() for _ in range(4))
+        assert recycled < fresh / 10
+        assert min(faults() for _ in range(3)) > fresh / 2, "afterwards all is as before"
+
+
+def ceilings() -> roofline.Ceilings:
+    """1 GB/s, 10 GFLOP/s outside matrix units, 100 (float32: 5) inside, 1 µs a launch."""
+    flops = "FLOP/s"
+    return roofline.Ceilings(
+        copy=roofline.Ceiling(1e9, "B/s", "copy"),
+        fma={name: roofline.Ceiling(1e10, flops, "fma") for name in ("float32", "bfloat16")},
+        matrix={
+            "float32": roofline.Ceiling(5e9, flops, "mm"),
+            "bfloat16": roofline.Ceiling(1e11, flops, "mm"),
+        },
+        launch={"host": roofline.Ceiling(1e-6, "s", "launch")},
+    )
+
+
+class TestFloor:
+    @pytest.mark.parametrize(
+        ("cost", "dtype", "expected_s"),
+        [
+            (Cost(bytes=10**6, flops=10, unit="elementwise"), "float32", 1e-3 + 1e-6),
+            (Cost(bytes=10, flops=10**8, unit="elementwise"), "bfloat16", 1e-2 + 1e-6),
+            (Cost(bytes=10, flops=10**8, unit="matmul"), "bfloat16", 1e-3 + 1e-6),
+            # The FMA units bound a product that no library runs as fast.
+            (Cost(bytes=10, flops=10**8, unit="matmul"), "float32", 1e-2 + 1e-6),
+        ],
+    )
+    def test_is_the_larger_of_both_plus_a_launch(self, cost, dtype, expected_s):
+        assert roofline.floor(cost, dtype, "host", ceilings()) == pytest.approx(expected_s)
+
+    def test_pct_of_floor(self):
+        assert roofline.pct_of_floor(1e-3, 4e-3) == pytest.approx(25)
+
+    def test_ceilings_survive_json(self):
+        there = json.loads(json.dumps(ceilings().to_json()))
+        assert roofline.Ceilings.from_json(there) == ceilings()
+
+    def test_this_machine_has_ceilings(self):
+        *steps, (last, measured) = roofline.measure_ceilings(CPU, [torch.float32], ["host"])
+        assert all(each is None for _, each in steps)
+        assert last == "done"
+        assert 1e8 < measured.copy.value < 1e13
+        assert 1e8 < measured.fma["float32"].value < 1e14
+        assert 1e-8 < measured.launch["host"].value < 1e-2
+
+
+CASE = Case("relu", "both", (4096,), "float32", "cpu")
+
+
+class TestRows:
+    def test_a_peer_counts_with_its_better_time(self):
+        slow, fast, eager = made_up(4e-3), made_up(1e-3, seed=1), made_up(2e-3, seed=2)
+        row = results.new_row(CASE, "compile", "peer", "host", "ok")
+        results.fill_times(row, slow, fast, eager, None, seed=0)
+        assert row["median_s"] == row["alone_median_s"] == fast.median
+        assert row["interleaved_median_s"] == slow.median
+        assert row["ratio_vs_eager"] == pytest.approx(2, rel=0.1)
+        assert row["verdict"] == "faster"
+        results.fill_times(row, fast, slow, eager, None, seed=0)
+        assert row["median_s"] == row["interleaved_median_s"] == fast.median
+
+    def test_the_baseline_counts_with_its_better_time_too(self):
+        row = results.new_row(CASE, "extension", "backend", "host", "ok")
+        results.fill_times(row, made_up(1e-3), None, made_up(4e-3), made_up(2e-3), seed=0)
+        assert row["ratio_vs_eager"] == pytest.approx(2, rel=0.1)
+
+    def test_faster_than_the_floor_is_flagged(self):
+        row = results.new_row(CASE, "extension", "backend", "host", "ok")
+        results.fill_times(row, made_up(1e-6), None, None, None, seed=0)
+        results.fill_floor(row, CASE, ceilings())
+        assert row["floor_s"] == pytest.approx(CASE.cost.bytes / 1e9 + 1e-6)
+        assert row["pct_of_floor"] > 100
+        assert row["above_ceiling"] is True
+
+    def test_files_are_replaced_whole_and_hold_no_nan(self, tmp_path):
+        found = results.Results(tmp_path / "new", {"device_type": "cpu"}, {})
+        row = results.new_row(CASE, "extension", "backend", None, "wrong")
+        found.rows.append(row | {"rel_err": float("nan"), "ratio_ci": (0.5, 2.0)})
+        found.save()
+        found.save()
+        names = {path.name for path in (tmp_path / "new").iterdir()}
+        assert names == {"results.json", "results.csv"}
+        (loaded,) = results.load(tmp_path / "new")["rows"]
+        assert loaded["rel_err"] is None
+        assert loaded["shape"] == [4096]
+        with (tmp_path / "new" / "results.csv").open() as file:
+            (line,) = csv.DictReader(file)
+        assert (line["ratio_low"], line["ratio_high"], line["median_s"]) == ("0.5", "2.0", "")
+
+    def test_a_file_of_another_schema_is_refused(self, tmp_path):
+        (tmp_path / "results.json").write_text('{"schema": "other/9"}')
+        with pytest.raises(ValueError, match="schema 'other/9'"):
+            results.load(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("value", "text"),
+        [
+            (None, "–"),
+            (1.234, "1.23 s"),
+            (0.0123, "12.3 ms"),
+            (123.4e-6, "123 µs"),
+            (1e-6, "1.00 µs"),
+            (5e-9, "5.00 ns"),
+        ],
+    )
+    def test_seconds_read_well(self, value, text):
+        assert report.seconds(value) == text
