@@ -40,6 +40,8 @@ constexpr unsigned MOST_GRID_X = 0x7fffffffu;
 constexpr unsigned MOST_GRID_YZ = 65535;
 constexpr std::size_t MOST_SHARED_BYTES = 48 * 1024;  // without cudaFuncSetAttribute
 constexpr unsigned WARP_LANES = 32;
+// Beyond the shared memory, so that an overrun hits nothing else.
+constexpr std::size_t SHARED_MARGIN_BYTES = 1024;
 
 // A mistake in a kernel, which hardware would not have reported.
 class KernelError : public std::runtime_error {
@@ -97,7 +99,7 @@ class Device {
       threads_[i]->number = i;
       threads_[i]->index = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
     }
-    shared_.resize(shared_bytes / sizeof(Aligned) + 1);
+    shared_.resize((shared_bytes + SHARED_MARGIN_BYTES) / sizeof(Aligned) + 1);
     shared_memory_state.data = reinterpret_cast<unsigned char*>(shared_.data());
     shared_memory_state.bytes = shared_bytes;
     gridDim = grid;
@@ -139,6 +141,19 @@ class Device {
   }
 
   unsigned lane() const { return running_->lane(); }
+
+  // Ends the calling thread with an error where an exception could not pass: under a call that the
+  // compiler put in and takes for one that does not throw.
+  [[noreturn]] void fail_without_unwinding(const std::string& what) {
+    try {
+      fail(what);
+    } catch (...) {
+      running_->error = std::current_exception();
+    }
+    running_->state = ThreadState::done;
+    running_->fiber.yield();
+    std::abort();  // nobody resumes a thread that is done
+  }
 
   [[noreturn]] void fail(const std::string& what) const {
     throw KernelError(kernel_name() + ", block " + text(blockIdx) + ", thread " +
