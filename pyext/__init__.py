@@ -1,4 +1,4 @@
-"""A performance lab for PyTorch extensions: the same op written three ways, checked and measured."""
+"""A performance lab for PyTorch extensions: each op written three ways, checked and measured."""
 
 from pyext.backends import backends, use_backend
 

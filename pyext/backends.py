@@ -36,7 +36,7 @@ class Backend:
     """True where the backend only emulates its hardware: for checking, never timed or a default."""
 
     def unavailable(self, device: torch.device | str, op: str | None = None) -> str | None:
-        """Why ``op`` (any op if None) cannot run here on ``device``, and what to do; None if it can."""
+        """Why ``op`` (any if None) cannot run on ``device``, and what to do; None if it can."""
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
             if torch.version.cuda is None:
                 return "this PyTorch was built without CUDA; install a CUDA build of PyTorch"
@@ -253,6 +253,6 @@ def _best(device_type: str, op: str) -> str:
 
 
 # What torch.compiler.assume_constant_result sets, without importing the compiler (and triton with
-# it) just for that: torch.compile calls these while tracing, instead of tracing a library's loading.
+# it) just for that: torch.compile calls these while tracing instead of tracing how a library loads.
 _unavailable._dynamo_marked_constant = True
 _best._dynamo_marked_constant = True

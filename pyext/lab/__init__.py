@@ -1,0 +1,1 @@
+"""What is done to an op: check it, measure it, compare it with the machine, report."""

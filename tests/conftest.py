@@ -1,0 +1,42 @@
+"""Test-wide setup: what is tested here, and Triton's interpreter where it is due.
+
+On a machine without a GPU this process interprets Triton kernels, so that they are checked on CPU
+tensors. With a GPU it compiles them, and ``test_triton.py`` interprets in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") and (
+    not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+):
+    # triton reads the variable while it is imported, before anything else may import it; then it
+    # goes, so that the processes which tests start decide for themselves.
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton
+
+    triton.knobs.runtime.interpret = True
+    del os.environ["TRITON_INTERPRET"]
+
+
+def pytest_report_header() -> list[str]:
+    """What is tested, and what is not and why, before the first test."""
+    from pyext.backends import BACKENDS
+
+    lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads"]
+    for name, backend in BACKENDS.items():
+        for device in ("cpu", "cuda"):
+            reason = backend.unavailable(device)
+            state = "interpreted" if backend.interpreted else "available"
+            lines.append(f"{name} on {device}: {reason or state}")
+    return lines
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

@@ -1,0 +1,74 @@
+"""Parametrization over the registry: op × backend × device × dtype × sample input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from pyext import registry
+from pyext.backends import BACKENDS
+
+DEVICES = ("cpu", "cuda")
+
+
+def configurations(include_eager: bool = False) -> list:
+    """(backend, device) pairs; those that cannot run here are skipped with the reason."""
+    found = []
+    for name, backend in BACKENDS.items():
+        if name == "eager" and not include_eager:
+            continue
+        for device in DEVICES:
+            reason = backend.unavailable(device)
+            marks = [pytest.mark.skip(reason=f"{name} on {device}: {reason}")] if reason else []
+            found.append(pytest.param(name, device, id=f"{name}-{device}", marks=marks))
+    return found
+
+
+def samples(
+    keep: Callable[[registry.Op, registry.SampleInput], bool] = lambda op, sample: True,
+    slow: Callable[[registry.Op, registry.SampleInput], bool] = lambda op, sample: False,
+) -> list:
+    """(op, index of a sample input), named after both.
+
+    Args:
+        keep: which samples.
+        slow: which of them only the slow tier runs.
+    """
+    found = []
+    for op in registry.ops().values():
+        for index, sample in enumerate(op.sample_inputs("cpu", torch.float64)):
+            if keep(op, sample):
+                marks = [pytest.mark.slow] if slow(op, sample) else []
+                found.append(pytest.param(op, index, id=f"{op.name}-{sample.name}", marks=marks))
+    return found
+
+
+def sample(op: registry.Op, index: int, device: str, dtype: torch.dtype, requires_grad: bool):
+    """The sample input that ``samples`` named, made anew."""
+    made = list(op.sample_inputs(torch.device(device), dtype, requires_grad=requires_grad))
+    return made[index]
+
+
+def raw_ops() -> list:
+    """(op, raw op) for every raw op of the registry."""
+    return [
+        pytest.param(op, raw_op, id=raw_op.name)
+        for op in registry.ops().values()
+        for raw_op in op.raw_ops
+    ]
+
+
+def through(op: registry.Op, backend: str) -> Callable:
+    """The op's public function on one backend."""
+
+    def function(*args, **kwargs):
+        return op.function(*args, **kwargs, backend=backend)
+
+    return function
+
+
+def dtype_id(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")

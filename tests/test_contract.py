@@ -1,0 +1,258 @@
+"""What ops promise beyond agreement: PyTorch's corner cases, in-place steps, transforms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import configurations, dtype_id, through
+
+import pyext.functional as P
+from pyext import registry
+from pyext.ops.relu import INTEGER_DTYPES
+
+CONFIGURATIONS = configurations()
+WITH_EAGER = configurations(include_eager=True)
+
+
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+@pytest.mark.parametrize("dtype", registry.FLOATING_DTYPES, ids=dtype_id)
+def test_relu_special_values_are_bit_identical_to_pytorch(dtype, backend, device):
+    values = [0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1.0, -1.0] * 9
+    ours, theirs = (
+        torch.tensor(values, dtype=dtype, device=device, requires_grad=True) for _ in range(2)
+    )
+    out, expected = P.relu(ours, backend=backend), F.relu(theirs)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.nan_to_num(7.0), expected.nan_to_num(7.0))
+    if device == "cpu":  # PyTorch's CUDA kernel does not promise the sign of a zero, nobody a NaN's
+        numbers = ~out.isnan()
+        assert torch.equal(out[numbers].signbit(), expected[numbers].signbit())
+    grad = torch.full_like(out, 3.0)
+    out.backward(grad)
+    expected.backward(grad)
+    assert torch.equal(ours.grad, theirs.grad)
+    kink = torch.tensor(values, device=device) == 0
+    assert kink.sum() == 18 and not ours.grad[kink].any()
+
+
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+@pytest.mark.parametrize("dtype", INTEGER_DTYPES, ids=dtype_id)
+def test_relu_accepts_integers(dtype, backend, device):
+    info = torch.iinfo(dtype)
+    values = [info.min, -3, -1, 0, 1, 5, info.max]
+    x = torch.tensor([max(each, info.min) for each in values] * 5, dtype=dtype, device=device)
+    assert torch.equal(P.relu(x, backend=backend), torch.relu(x))
+
+
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_mse_loss_promotes_and_broadcasts_as_pytorch(reduction, backend, device):
+    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
+    for a in dtypes:
+        for b in dtypes:
+            if not torch.promote_types(a, b).is_floating_point:
+                continue
+            input = torch.arange(6, device=device).reshape(2, 3).to(a)
+            target = torch.arange(3, device=device).to(b)
+            for tensor in (input, target):
+                tensor.requires_grad_(tensor.is_floating_point())
+            with pytest.warns(UserWarning, match="different to the input size"):
+                ours = P.mse_loss(input, target, reduction, backend=backend)
+            leaves = [each for each in (input, target) if each.requires_grad]
+            with pytest.warns(UserWarning, match="different to the input size"):
+                theirs = F.mse_loss(input, target, reduction=reduction)
+            assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+            torch.testing.assert_close(ours, theirs)
+            for ours_grad, theirs_grad in zip(
+                torch.autograd.grad(ours.sum(), leaves),
+                torch.autograd.grad(theirs.sum(), leaves),
+                strict=True,
+            ):
+                torch.testing.assert_close(ours_grad, theirs_grad)
+
+
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+def test_mse_loss_of_nothing(backend, device):
+    empty = torch.ones(0, 3, device=device)
+    assert P.mse_loss(empty, empty, "mean", backend=backend).isnan()
+    assert P.mse_loss(empty, empty, "sum", backend=backend) == 0
+    assert P.mse_loss(empty, empty, "none", backend=backend).shape == (0, 3)
+
+
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+def test_loss_stays_a_0d_tensor_on_its_device(backend, device):
+    x, y, w1, w2 = (torch.randn(s, device=device) for s in ((5, 4), (5, 2), (4, 3), (3, 2)))
+    for loss in (
+        P.mse_loss(x, x, backend=backend),
+        P.two_layer_mse_loss(x, y, w1, w2, backend=backend),
+        P.two_layer_sgd_step(x, y, w1, w2, 0.1, backend=backend),
+    ):
+        assert loss.shape == () and loss.device.type == device
+
+
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+def test_linear_weights_work_transposed_without_a_copy(backend, device):
+    first, second = torch.nn.Linear(9, 7, device=device), torch.nn.Linear(7, 3, device=device)
+    x = torch.randn(5, 9, device=device)
+    args = (x, first.weight.t(), second.weight.t(), first.bias, second.bias)
+    out = P.two_layer(*args, backend=backend)
+    torch.testing.assert_close(out, second(torch.relu(first(x))))
+    out.square().sum().backward()
+    grads = [each.grad.clone() for each in (*first.parameters(), *second.parameters())]
+    first.zero_grad(), second.zero_grad()
+    second(torch.relu(first(x))).square().sum().backward()
+    for grad, parameter in zip(grads, (*first.parameters(), *second.parameters()), strict=True):
+        torch.testing.assert_close(grad, parameter.grad)
+
+
+def hand_written_loop(x, y, w1, w2, lr, steps):
+    """The loop that the step op replaces; yields the losses."""
+    w1.requires_grad_(), w2.requires_grad_()
+    for _ in range(steps):
+        loss = (x.mm(w1).clamp(min=0).mm(w2) - y).pow(2).sum()
+        loss.backward()
+        yield loss.item()
+        with torch.no_grad():
+            for weight in (w1, w2):
+                weight -= lr * weight.grad
+                weight.grad.zero_()
+
+
+@pytest.mark.parametrize(("backend", "device"), WITH_EAGER)
+@pytest.mark.parametrize(
+    ("dtype", "steps", "bound"), [(torch.float64, 500, 1e-8), (torch.float32, 100, 1e-5)], ids=str
+)
+def test_sgd_step_follows_the_hand_written_loop(dtype, steps, bound, backend, device, request):
+    from pyext.backends import BACKENDS
+
+    if BACKENDS[backend].interpreted and "slow" not in (request.config.option.markexpr or ""):
+        steps = steps // 10  # Triton's interpreter takes 30 ms and more for a step
+    generator = torch.Generator().manual_seed(0)
+    x, y, w1, w2 = (
+        torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype)
+        for s in ((64, 1000), (64, 10), (1000, 100), (100, 10))
+    )
+    reference = hand_written_loop(x, y, first := w1.clone(), second := w2.clone(), 1e-6, steps)
+    for step, expected in enumerate(reference):
+        loss = P.two_layer_sgd_step(x, y, w1, w2, 1e-6, backend=backend).item()
+        assert loss == pytest.approx(expected, rel=bound), f"step {step}"
+    for ours, theirs in ((w1, first), (w2, second)):
+        assert ((ours - theirs).norm() / theirs.norm()).item() < bound
+
+
+@pytest.mark.parametrize(("backend", "device"), WITH_EAGER)
+def test_sgd_step_bumps_versions_so_that_a_stale_graph_is_an_error(backend, device):
+    x, y, w1, w2 = (torch.randn(s, device=device) for s in ((5, 4), (5, 2), (4, 3), (3, 2)))
+    w1.requires_grad_()
+    out = (x @ w1).relu() @ w2.requires_grad_()
+    versions = w1._version, w2._version
+    loss = P.two_layer_sgd_step(x, y, w1, w2, 0.1, backend=backend)
+    assert w1._version > versions[0] and w2._version > versions[1]
+    assert not loss.requires_grad and w1.requires_grad and w1.is_leaf and w1.grad is None
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize(("backend", "device"), WITH_EAGER)
+def test_sgd_step_refuses_transforms_and_forward_ad(backend, device):
+    x, y, w1, w2 = (torch.randn(s, device=device) for s in ((5, 4), (5, 2), (4, 3), (3, 2)))
+
+    def step(w1):
+        return P.two_layer_sgd_step(x, y, w1, w2, 0.1, backend=backend)
+
+    with pytest.raises(RuntimeError, match="is a step op"):
+        torch.func.grad(step)(w1)
+    with pytest.raises(RuntimeError, match="is a step op"):
+        torch.func.vmap(step)(w1.expand(2, 4, 3).clone())
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="is a step op"):
+        step(torch.autograd.forward_ad.make_dual(w1, torch.ones_like(w1)))
+
+
+def small_samples(op: registry.Op, device: str):
+    """A few differentiable samples with matching shapes in float64."""
+    names = ("5x7", "5x7_mean", "small", "small_sum", "no_bias", "no_bias_mean")
+    for each in op.sample_inputs(torch.device(device), torch.float64, requires_grad=True):
+        if each.name in names:
+            yield each
+
+
+DIFFERENTIABLE = [op for op in registry.ops().values() if not op.is_step]
+
+
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+@pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
+def test_forward_ad_and_torch_func_agree_with_eager(op, backend, device):
+    for each in small_samples(op, device):
+        primals = tuple(arg.detach() for arg in each.args if torch.is_tensor(arg))
+        rest = each.args[len(primals) :]
+        tangents = tuple(torch.randn_like(arg) for arg in primals)
+
+        def call(function, *given, rest=rest, kwargs=each.kwargs):
+            return function(*given, *rest, **kwargs)
+
+        results = []
+        for function in (through(op, backend), op.eager):
+
+            def f(*given, function=function):
+                return call(function, *given)
+
+            def loss(*given, f=f):
+                return f(*given).square().sum()
+
+            out, vjp = torch.func.vjp(f, *primals)
+            batch = tuple(torch.stack([arg, arg + 0.5, -arg]) for arg in primals)
+            every = tuple(range(len(primals)))
+            results.append(
+                [
+                    out,
+                    *vjp(torch.ones_like(out)),
+                    *torch.func.jvp(f, primals, tangents),
+                    *torch.func.grad(loss, argnums=every)(*primals),
+                    torch.func.vmap(f)(*batch),
+                    *torch.func.vmap(torch.func.grad(loss, argnums=every))(*batch),
+                    torch.func.hessian(loss)(*primals),
+                ]
+            )
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+@pytest.mark.parametrize("op", registry.ops().values(), ids=lambda op: op.name)
+def test_compiles_without_graph_breaks(op, backend, device):
+    torch.compiler.reset()
+    function = through(op, backend)
+    for each in list(op.sample_inputs(torch.device(device), torch.float32))[:2]:
+        args = [
+            arg.detach().clone().requires_grad_(not op.is_step) if torch.is_tensor(arg) else arg
+            for arg in each.args
+        ]
+        twins = [
+            arg.detach().clone().requires_grad_(not op.is_step) if torch.is_tensor(arg) else arg
+            for arg in each.args
+        ]
+        out = torch.compile(function, fullgraph=True, dynamic=True)(*args, **each.kwargs)
+        expected = op.eager(*twins, **each.kwargs)
+        torch.testing.assert_close(out, expected)
+        if not op.is_step:
+            out.sum().backward()
+            expected.sum().backward()
+        for ours, theirs in zip(args, twins, strict=True):
+            if torch.is_tensor(ours):
+                torch.testing.assert_close(ours, theirs)
+                torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+def test_autocast_casts_as_pytorch_does_for_the_namesake(dtype, backend, device):
+    x, y, w1, w2 = (torch.randn(s, device=device) for s in ((5, 4), (5, 2), (4, 3), (3, 2)))
+    with torch.autocast(device, dtype):
+        assert P.two_layer(x, w1, w2, backend=backend).dtype == dtype
+        assert P.relu(x, backend=backend).dtype == torch.float32
+        assert P.mse_loss(x.to(dtype), x.to(dtype), backend=backend).dtype == torch.float32
+        loss = P.two_layer_mse_loss(x, y, w1.requires_grad_(), w2, backend=backend)
+    loss.backward()
+    assert w1.grad.dtype == torch.float32

@@ -1,0 +1,224 @@
+"""Every op on every backend and device: values, derivatives, layouts, dtypes and refusals.
+
+All cases come from the registry. The reference is ``eager`` in float64; the tolerance is derived in
+``pyext.lab.check``.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from support import configurations, dtype_id, raw_ops, sample, samples, through
+
+from pyext import registry
+from pyext.backends import BACKENDS
+from pyext.lab import check
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using a target size")
+
+
+def first_order_is_slow(op, sample_input) -> bool:
+    """Reductions repeat the same network; the plain tier differentiates the default one."""
+    return sample_input.kwargs.get("reduction", "sum") == "none" and op.name != "mse_loss"
+
+
+def second_order_is_slow(op, sample_input) -> bool:
+    """Second derivatives take seconds in Triton's interpreter; one layout stands for the others."""
+    plain = ("small", "no_bias", "5x7", "broadcast_", "vector")
+    return not sample_input.name.startswith(plain) or first_order_is_slow(op, sample_input)
+
+
+@pytest.mark.parametrize(("backend", "device"), configurations())
+@pytest.mark.parametrize("dtype", registry.FLOATING_DTYPES, ids=dtype_id)
+@pytest.mark.parametrize(("op", "index"), samples())
+def test_agrees_with_eager_in_float64(op, index, dtype, backend, device):
+    each = sample(op, index, device, dtype, requires_grad=not op.is_step)
+    result = check.verify(op, through(op, backend), each.args, each.kwargs)
+    assert result.ok, result.detail
+
+
+@pytest.mark.parametrize(("backend", "device"), configurations())
+@pytest.mark.parametrize(
+    ("op", "index"),
+    samples(lambda op, each: not op.is_step and each.gradcheckable, first_order_is_slow),
+)
+def test_gradcheck(op, index, backend, device):
+    function, leaves = _differentiable_call(op, index, backend, device)
+    assert torch.autograd.gradcheck(function, leaves, nondet_tol=0.0)
+
+
+@pytest.mark.parametrize(("backend", "device"), configurations())
+@pytest.mark.parametrize(
+    ("op", "index"),
+    samples(lambda op, each: not op.is_step and each.gradcheckable, second_order_is_slow),
+)
+def test_gradgradcheck(op, index, backend, device):
+    function, leaves = _differentiable_call(op, index, backend, device)
+    assert torch.autograd.gradgradcheck(function, leaves, nondet_tol=0.0)
+
+
+def _differentiable_call(op, index, backend, device):
+    """A function of the leaves alone, and the leaves.
+
+    Finite differences move one element at a time, which an expanded leaf does not have: its compact
+    base is the leaf, and the function expands it.
+    """
+    each = sample(op, index, device, torch.float64, requires_grad=True)
+    leaves, rebuild = [], []
+    for arg in each.args:
+        if not torch.is_tensor(arg) or not arg.requires_grad:
+            rebuild.append(lambda _, arg=arg: arg)
+            continue
+        narrow = tuple(slice(0, 1) if s == 0 else slice(None) for s in arg.stride())
+        leaf = arg.detach()[narrow]
+        leaf = (leaf.clone() if leaf.shape != arg.shape else leaf).requires_grad_()
+        leaves.append(leaf)
+        rebuild.append(lambda given, shape=arg.shape: next(given).expand(shape))
+
+    def function(*given):
+        given = iter(given)
+        args = [make(given) for make in rebuild]
+        return op.function(*args, **each.kwargs, backend=backend)
+
+    return function, leaves
+
+
+@pytest.mark.parametrize(("backend", "device"), configurations())
+@pytest.mark.parametrize(("op", "raw_op"), raw_ops())
+def test_opcheck(op, raw_op, backend, device):
+    overload = getattr(BACKENDS[backend].raw, raw_op.name).default
+    cases = list(raw_op.samples(torch.device(device), torch.float32))
+    assert cases
+    # AOT dispatch traces a graph for every case, half a second each; shapes and strides that differ
+    # take the same path there, so that one case stands for all.
+    for number, args in enumerate(cases):
+        tests = ["test_schema", "test_faketensor"]
+        if number == 0:
+            tests += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
+        copies = [each.clone() if torch.is_tensor(each) and op.is_step else each for each in args]
+        torch.library.opcheck(overload, tuple(copies), test_utils=tests)
+
+
+@pytest.mark.parametrize(("backend", "device"), configurations())
+@pytest.mark.parametrize(("op", "raw_op"), raw_ops())
+def test_fake_has_the_strides_of_the_real_result(op, raw_op, backend, device):
+    overload = getattr(BACKENDS[backend].raw, raw_op.name)
+    for args in raw_op.samples(torch.device(device), torch.float32):
+        real = overload(*args)
+        fake = raw_op.fake(*args)
+        for r, f in zip(_as_tuple(real), _as_tuple(fake), strict=True):
+            assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype)
+
+
+def _as_tuple(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+@pytest.mark.parametrize(("backend", "device"), configurations())
+@pytest.mark.parametrize("op", registry.ops().values(), ids=lambda op: op.name)
+def test_error_inputs_are_refused_and_leave_everything_as_it_was(op, backend, device):
+    cases = list(op.error_inputs(torch.device(device)))
+    assert cases
+    for case in cases:
+        tensors = [each for each in case.args if torch.is_tensor(each) and not each.is_meta]
+        before = [each.clone() for each in tensors]
+        versions = [each._version for each in tensors]
+        with warnings.catch_warnings(), pytest.raises(case.error_type, match=case.error_regex) as e:
+            warnings.simplefilter("error")
+            op.function(*case.args, **case.kwargs, backend=backend)
+        assert type(e.value) is case.error_type, case.name
+        message = str(e.value)
+        assert len(message) < 400 and "\n" not in message, case.name
+        for each, copy, version in zip(tensors, before, versions, strict=True):
+            assert each._version == version, case.name
+            torch.testing.assert_close(each, copy, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("backend", "device"), configurations())
+@pytest.mark.parametrize("op", registry.ops().values(), ids=lambda op: op.name)
+def test_inputs_are_left_alone(op, backend, device):
+    for each in op.sample_inputs(torch.device(device), torch.float32):
+        tensors = {i: arg for i, arg in enumerate(each.args) if torch.is_tensor(arg)}
+        before = {i: arg.clone() for i, arg in tensors.items()}
+        op.function(*each.args, **each.kwargs, backend=backend)
+        updated = check._mutated(op) if op.is_step else set()
+        for i, arg in tensors.items():
+            if f"arg_{i}" not in updated:
+                torch.testing.assert_close(arg, before[i], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("backend", "device"), configurations())
+@pytest.mark.parametrize("op", registry.ops().values(), ids=lambda op: op.name)
+def test_every_output_element_is_written_and_results_repeat(op, backend, device):
+    """Twice in memory that held NaN and then ones: equal bit by bit means nothing was left over."""
+    for each in op.sample_inputs(torch.device(device), torch.float32, not op.is_step):
+        runs = []
+        for garbage in (float("nan"), 1.0):
+            poison = [torch.full((1 << size,), garbage, device=device) for size in range(2, 18)]
+            del poison
+            runs.append(check.call(op, through(op, backend), each.args, each.kwargs))
+        for name, first in runs[0].items():
+            if first is not None:
+                torch.testing.assert_close(
+                    runs[1][name], first, rtol=0, atol=0, equal_nan=True, msg=f"{each.name} {name}"
+                )
+
+
+@pytest.mark.parametrize("op", registry.ops().values(), ids=lambda op: op.name)
+def test_result_does_not_depend_on_the_thread_count(op):
+    if reason := BACKENDS["extension"].unavailable("cpu"):
+        pytest.skip(reason)
+    shape = {1: (200_003,), 4: (203, 700, 301, 37)}[len(op.shape_names)]
+    args = op.benchmark_inputs(shape, torch.float32, "cpu", torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(check.call(op, through(op, "extension"), op.check_inputs(args)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert value is other[name] or torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize(("backend", "device"), configurations())
+@pytest.mark.parametrize("dtype", registry.FLOATING_DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("op", registry.ops().values(), ids=lambda op: op.name)
+def test_benchmark_inputs_verify(op, dtype, backend, device):
+    """What the benchmarks time, at the smallest shape of each."""
+    shape = min(op.benchmark_shapes[device]["quick"])
+    if BACKENDS[backend].interpreted:
+        shape = tuple(min(n, 96) for n in shape)
+    generator = torch.Generator(device).manual_seed(0)
+    args = op.check_inputs(op.benchmark_inputs(shape, dtype, torch.device(device), generator))
+    result = check.verify(op, through(op, backend), args)
+    assert result.ok, result.detail
+
+
+@pytest.mark.parametrize("dtype", registry.FLOATING_DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("op", registry.ops().values(), ids=lambda op: op.name)
+def test_hand_written_peer_agrees(op, dtype):
+    """``by_hand`` returns what autograd leaves behind, for a gradient of ones."""
+    shape = min(op.benchmark_shapes["cpu"]["quick"])
+    generator = torch.Generator().manual_seed(0)
+    args = op.check_inputs(op.benchmark_inputs(shape, dtype, torch.device("cpu"), generator))
+    if op.is_step:
+        result = check.verify(op, op.by_hand, args)
+        assert result.ok, result.detail
+        return
+    double = [each.detach().double().requires_grad_(each.requires_grad) for each in args]
+    out = op.eager(*double)
+    leaves = [each for each in double if each.requires_grad]
+    expected = [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+    actual = op.by_hand(*(each.detach() for each in args))
+    names = [str(i) for i in range(len(expected))]
+    result = check.compare(
+        dict(zip(names, actual, strict=True)),
+        dict(zip(names, expected, strict=True)),
+        op.reduction_length(*args),
+    )
+    assert result.ok, result.detail
