@@ -82,7 +82,10 @@ def _section(found: compare.Comparison, hyper: Any) -> dict[str, Any]:
             for each in found.speed
         ],
         "shares": [{**dataclasses.asdict(each), "bound": each.bound} for each in found.shares],
-        "curves": [dataclasses.asdict(each) for each in found.curves],
+        "curves": [
+            {**dataclasses.asdict(each), "losses": [float(f"{loss:.6g}") for loss in each.losses]}
+            for each in found.curves
+        ],
     }
 
 

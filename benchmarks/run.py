@@ -14,12 +14,13 @@ import datetime
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for mnist_suite, when imported by tests
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # PyTorch's profiler logs to the terminal otherwise
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler logs to the terminal otherwise
 
 import mnist_suite  # noqa: E402
 import torch  # noqa: E402
@@ -106,6 +107,7 @@ def _run(benchmark: Benchmark, console: Console) -> int:
         _run_phases(benchmark, console)
     except KeyboardInterrupt:
         interrupted = True
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the files are being written
     benchmark.finish(interrupted=interrupted)
     report.show(results.data, console)
     plots = report.write_plots(results.data, folder)

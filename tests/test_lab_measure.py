@@ -103,14 +103,20 @@ class TestMeasure:
         assert not any(seen)
         assert gc.isenabled()
 
-    def test_synchronizes_once_inside_each_batch(self):
-        events = []
+    def test_waits_before_each_batch_and_at_its_end(self):
+        events: list[str] = []
         subject = Subject(
-            "a", lambda: events.append("call"), synchronize=lambda: events.append("wait")
+            "a",
+            lambda: events.append("call"),
+            prepare=lambda calls: events.append("prepare"),
+            synchronize=lambda: events.append("wait"),
         )
-        samples = measure.measure([subject], "host", TINY, device=CPU, seed=0)["a"]
-        batch = "call" * samples.calls_per_sample
-        assert f"wait{batch}wait" in "".join(events)
+        measure.measure([subject], "host", TINY, device=CPU, seed=0)
+        _, *batches = " ".join(events).split("prepare ")
+        for batch in batches:
+            first, *calls, last = batch.split()
+            assert first == last == "wait"
+            assert calls and set(calls) == {"call"}
 
     def test_refuses_a_clock_that_the_device_lacks(self):
         with pytest.raises(ValueError, match="'device_cold' does not exist on 'cpu'"):

@@ -142,6 +142,7 @@ class Benchmark:
         self._ceilings: roofline.Ceilings | None = None
         self._timed: dict[Case, list[Outcome]] = {}
         self._alone: dict[tuple[Case, str], dict[str, Samples]] = {}
+        self._case_rows: dict[Case, list[dict[str, Any]]] = {}
         self._compile_s = 15.0  # the first compilation also warms the compiler up
 
     def phases(self) -> Iterator[tuple[str, Callable[[Progress], None]]]:
@@ -188,7 +189,7 @@ class Benchmark:
                 compile_in_time = self._time_left() > self._reserve(len(every) - done)
             progress(case.label, done / len(every))
             self._time(case, inputs, peers, compile_in_time)
-            self._write_rows()
+            self._write_rows(case)
 
     def _time(self, case: Case, inputs: Inputs, peers: Peers, compile_in_time: bool) -> None:
         names, prevented = self._variants(case, compile_in_time)
@@ -211,7 +212,7 @@ class Benchmark:
         if reason := _interpreter_missing():
             for case in small:
                 self._timed[case] = [Outcome("triton", "backend", "unavailable", reason)]
-            self._write_rows()
+            self._write_rows(*small)
             return
         limit = None if settings.limit_s is None else max(self._time_left() - _REPORT_S, 20.0)
         progress("starting the interpreter", 0.0)
@@ -219,12 +220,12 @@ class Benchmark:
         for done, (case, outcome) in enumerate(checks):
             progress(case.label, (done + 1) / len(small))
             self._timed[case] = [outcome]
-            self._write_rows()
-        for case in small:
-            if case not in self._timed:
-                reason = "the process that ran Triton's interpreter ended before this check"
-                self._timed[case] = [Outcome("triton", "backend", "skipped", reason)]
-        self._write_rows()
+            self._write_rows(case)
+        unchecked = [case for case in small if case not in self._timed]
+        for case in unchecked:
+            reason = "the process that ran Triton's interpreter ended before this check"
+            self._timed[case] = [Outcome("triton", "backend", "skipped", reason)]
+        self._write_rows(*unchecked)
 
     def _time_alone(self, progress: Progress) -> None:
         settings, soloists = self.settings, self._soloists()
@@ -250,9 +251,10 @@ class Benchmark:
                 count += 1
                 progress(f"{name}: {case.label}", done_before + count / len(right) / len(soloists))
                 self._alone[case, name] = samples
+                self._write_rows(case)
             if count < len(right):
                 self._note_short_of_time(f"{name} was timed alone in {count} of {len(right)} cases")
-            self._write_rows()
+        self._write_rows()
 
     def _train_mnist(self, progress: Progress) -> None:
         section, self._mnist_rows, notes = self._mnist(self.settings, progress)
@@ -262,8 +264,11 @@ class Benchmark:
 
     # --- rows ------------------------------------------------------------------------------------
 
-    def _write_rows(self) -> None:
-        rows = [row for case in self._timed for row in self._rows(case)]
+    def _write_rows(self, *changed: Case) -> None:
+        """Makes the rows of the cases that changed anew, and writes all."""
+        for case in changed:
+            self._case_rows[case] = list(self._rows(case))
+        rows = [row for each in self._case_rows.values() for row in each]
         self.results.data["rows"] = rows + self._mnist_rows
         self.results.save()
 

@@ -7,6 +7,7 @@ timed alone all take their work from here.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 
 from pyext import registry
-from pyext.backends import BACKENDS
 from pyext.lab import check, roofline
 from pyext.lab.measure import Subject
 
@@ -320,14 +320,7 @@ def backend_variant(name: str, inputs: Inputs, case: Case) -> Variant:
     The baseline is what a user writes without the lab, so it pays for none of the lab's checks.
     """
     op = inputs.op
-    if name == "eager":
-        function = op.eager
-    else:
-        BACKENDS[name].raw  # noqa: B018 -- loads the library outside the clock
-
-        def function(*args):
-            return op.function(*args, backend=name)
-
+    function = op.eager if name == "eager" else functools.partial(op.function, backend=name)
     return torch_variant(name, "backend", function, inputs, case)
 
 

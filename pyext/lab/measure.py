@@ -153,7 +153,7 @@ def measure(
     Returns:
         Name -> samples, or the reason why this clock cannot time the subject.
     """
-    sample, results = _clocks(clock, subjects, device)
+    sample, results = _sampler(clock, subjects, device)
     ready = [subject for subject in subjects if subject.name not in results]
     with _no_garbage_collection():
         calls = {s.name: _warm_up(s, sample, effort.warmup_s) for s in ready}
@@ -171,7 +171,8 @@ def measure(
                 _switch_to(subject, sample, n, device)
                 repeats = max(1, counts[subject.name] // blocks)
                 seconds[subject.name].append([sample(subject, n) for _ in range(repeats)])
-    results |= {name: Samples(np.array(each), calls[name]) for name, each in seconds.items()}
+    for name, each in seconds.items():
+        results[name] = Samples(np.array(each), sample.batch(name, calls[name]))
     return results
 
 
@@ -217,14 +218,14 @@ def _switch_to(subject: Subject, sample: Callable, calls: int, device: torch.dev
 # --- clocks --------------------------------------------------------------------------------------
 
 
-def _clocks(
+def _sampler(
     clock: str, subjects: Sequence[Subject], device: torch.device
-) -> tuple[Callable[[Subject, int], float], dict[str, Samples | str]]:
+) -> tuple[_Host | _DeviceCold | _DeviceWarm, dict[str, Samples | str]]:
     """``sample(subject, calls)`` -> seconds per call, and those that this clock cannot time."""
     if clock not in CLOCKS.get(device.type, ()):
         raise ValueError(f"clock {clock!r} does not exist on {device.type!r}")
     if clock == "host":
-        return _host, {}
+        return _Host(), {}
     foreign = "it does not run on PyTorch's CUDA stream, which this clock watches"
     unavailable: dict[str, Samples | str] = {s.name: foreign for s in subjects if not s.on_stream}
     if clock == "device_cold":
@@ -236,16 +237,22 @@ def _clocks(
     return warm, unavailable
 
 
-def _host(subject: Subject, calls: int) -> float:
+class _Host:
     """End to end, as a caller who waits for the result sees it."""
-    call = subject.call
-    subject.prepare(calls)
-    subject.synchronize()
-    start = time.perf_counter_ns()
-    for _ in range(calls):
-        call()
-    subject.synchronize()
-    return (time.perf_counter_ns() - start) * 1e-9 / calls
+
+    def __call__(self, subject: Subject, calls: int) -> float:
+        call = subject.call
+        subject.prepare(calls)
+        subject.synchronize()
+        start = time.perf_counter_ns()
+        for _ in range(calls):
+            call()
+        subject.synchronize()
+        return (time.perf_counter_ns() - start) * 1e-9 / calls
+
+    def batch(self, name: str, calls: int) -> int:
+        """How many calls a sample really held when it was asked for ``calls``."""
+        return calls
 
 
 class _DeviceCold:
@@ -263,7 +270,7 @@ class _DeviceCold:
     def __call__(self, subject: Subject, calls: int) -> float:
         if subject.name not in self._spin_cycles:
             self._spin_cycles[subject.name] = self._cycles(subject)
-        calls = min(calls, 16)  # each call flushes: a batch has nothing to gain from being long
+        calls = self.batch(subject.name, calls)
         pairs = []
         subject.prepare(calls)
         for _ in range(calls):
@@ -276,6 +283,10 @@ class _DeviceCold:
             pairs.append((start, end))
         torch.cuda.synchronize()
         return float(np.median([start.elapsed_time(end) for start, end in pairs])) * 1e-3
+
+    def batch(self, name: str, calls: int) -> int:
+        """Each call flushes, so that a long batch would gain nothing."""
+        return min(calls, 16)
 
     def _cycles(self, subject: Subject) -> int:
         """Spinning for twice the host's time at 2 GHz covers the enqueuing of one call."""
@@ -331,9 +342,12 @@ class _DeviceWarm:
         return start.elapsed_time(end) * 1e-3 / calls
 
     def __call__(self, subject: Subject, calls: int) -> float:
-        del calls  # the graph holds its own number
         graph, captured = self._graphs[subject.name]
         return self._replay(graph, captured)
+
+    def batch(self, name: str, calls: int) -> int:
+        """The graph holds its own number."""
+        return self._graphs[name][1]
 
 
 # --- memory --------------------------------------------------------------------------------------

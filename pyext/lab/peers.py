@@ -138,7 +138,6 @@ def _compile_max(peers: Peers, inputs: Inputs, case: Case) -> Variant:
 
 def _graph(peers: Peers, inputs: Inputs, case: Case) -> Variant:
     """Eager ops in a captured CUDA graph: inputs and outputs stay where they were captured."""
-    eager = torch_variant("graph", "peer", inputs.op.eager, inputs, case)
     graph, outputs = torch.cuda.CUDAGraph(), []
     stream = torch.cuda.Stream(case.device)
     stream.wait_stream(torch.cuda.current_stream(case.device))
@@ -162,7 +161,7 @@ def _graph(peers: Peers, inputs: Inputs, case: Case) -> Variant:
         graph.replay()
         return named(case.direction, [each.clone() for each in outputs])
 
-    return Variant("graph", "peer", subject, results, eager.reference)
+    return Variant("graph", "peer", subject, results, lambda: inputs.reference(case.direction))
 
 
 class _captured_call:

@@ -51,7 +51,7 @@ def _parts(data: dict[str, Any]) -> Iterator[RenderableType]:
     if data["mnist"]:
         yield from _mnist_tables(data)
     yield from _remarks(data)
-    if rows:
+    if any(row["status"] == "ok" for row in rows):
         yield _glance(rows, data)
 
 

@@ -7,6 +7,7 @@ import datetime
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ COLUMNS = (
 """Every row has these fields, in this order; ``docs/results.md`` says which may be null."""
 
 FAILURES = ("wrong", "error")
+_NUMBERS = re.compile(r"\[\s+([^\[\]{}\"]+?)\s+\]")
 
 
 def new_row(case: Case, variant: str, kind: str, clock: str | None, status: str) -> dict[str, Any]:
@@ -169,6 +171,8 @@ class Results:
         """Replaces ``results.json`` and ``results.csv`` by what is known now."""
         self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(_finite(self.data), indent=1, allow_nan=False)
+        # Arrays of numbers on one line each: a curve has thousands.
+        text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
         _replace(self.folder / "results.json", text + "\n")
         write_csv(self.rows, self.folder / "results.csv")
 
