@@ -1,8 +1,11 @@
 """The data sets: reading, checksums, downloads, and what happens without them."""
 
+import gzip
+import hashlib
 import os
 import socket
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -223,11 +226,16 @@ def test_load_or_digits(tmp_path, demand):
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion"])
-def test_real_data(name, request):
-    root = REAL_DATA
-    if not root:
+def test_real_data(name):
+    if not REAL_DATA:
         pytest.skip("PYEXT_DATA is not set: no real data")
-    real = data.load(name, root, download=False)
+    real = data.load(name, REAL_DATA, download=False)
+    dataset = data.DATASETS[name]
+    for file in dataset.files.values():
+        path = Path(REAL_DATA) / dataset.folder / "raw" / f"{file.name}.gz"
+        if path.exists():
+            unzipped = gzip.decompress(path.read_bytes())
+            assert hashlib.sha256(unzipped).hexdigest() == file.sha256
     assert real.train_images.shape == (60000, 28, 28) and real.test_images.shape == (10000, 28, 28)
     assert torch.bincount(real.test_labels).shape == (10,)
     if name == "mnist":

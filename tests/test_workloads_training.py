@@ -164,6 +164,7 @@ def test_resuming_is_bit_identical(loaded, tmp_path, backend, stop_after):
     second = mnist_cnn.prepare(HYPER, loaded, backend=backend)
     second.load_state_dict(engine.load_checkpoint(path))
     assert second.steps_done == stop_after
+    assert second.mean_loss == first.mean_loss and (second.mean_loss > 0) == (stop_after % 3 > 0)
     assert mnist_cnn.train(second)
     actual = second.state_dict()
     for key in expected:
