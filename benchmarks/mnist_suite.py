@@ -37,7 +37,9 @@ def run(settings: Settings, progress: Progress) -> Section:
     """
     progress("loading the data", 0.0)
     images, substitute = data.load_or_digits("mnist")
-    notes = [] if substitute is None else [substitute]
+    # The terminal may show where the data was looked for, a result file must not.
+    folder = str(data.data_root())
+    notes = [] if substitute is None else [substitute.replace(folder, "the data folder")]
     device = settings.device
     names, rows = [], []
     for name in settings.backends:
@@ -64,6 +66,8 @@ def run(settings: Settings, progress: Progress) -> Section:
         section["parity"] += _interpreted_parity(settings.profile)
     section["failed"] = not all(each["ok"] for each in section["parity"])
     rows = _speed_rows(found, section, settings) + rows
+    networks = list(compare.WORKLOADS)
+    rows.sort(key=lambda row: networks.index(row["op"]))
     return section, rows, notes
 
 

@@ -26,6 +26,7 @@ _DIRECTIONS = ("forward", "backward", "both", "step")
 _CLOCKS = ("device_cold", "device_warm", "host")
 _FLOOR = "#999999"
 _SIZE = 4.0
+_SMOOTHED_STEPS = 20
 _DPI = 130
 
 
@@ -350,12 +351,16 @@ def _name_intensities(axis: Axes, rows: list[Row]) -> None:
 def _training(workload: str, data: dict[str, Any], order: Sequence[str]) -> Figure:
     curves = [each for each in data["mnist"]["curves"] if each["workload"] == workload]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.0, 4.2), layout="constrained")
-    handles = {}
+    handles: dict[str, Any] = {}
+    lowest, highest = [], []
+    width = max(1, min(_SMOOTHED_STEPS, len(curves[0]["losses"]) // 5))
     for index, curve in enumerate(curves):
         style = _style(curve["backend"], order)
         # Curves that agree lie on each other: later ones are thinner, and dashed.
         line = {"linewidth": 3.2 - 1.6 * min(index, 1), "linestyle": "--" if index else "-"}
-        steps, losses = _smooth(curve["losses"])
+        steps, losses = _smooth(curve["losses"], width)
+        lowest.append(min(losses))
+        highest.append(max(losses))
         handles[curve["backend"]] = left.plot(steps, losses, color=style["color"], **line)[0]
         right.plot(
             [test["epoch"] for test in curve["tests"]],
@@ -364,11 +369,15 @@ def _training(workload: str, data: dict[str, Any], order: Sequence[str]) -> Figu
             **line,
         )
     left.set_xlabel("step")
-    left.set_ylabel("training loss (mean of 20 steps)")
-    left.set_yscale("log")
-    right.set_xlabel("epoch")
+    left.set_ylabel("training loss" + (f" (means of {width} steps)" if width > 1 else ""))
+    if max(highest) > 10 * min(lowest) > 0:
+        left.set_yscale("log")
+        left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        left.yaxis.set_minor_formatter(NullFormatter())
+    right.set_xlabel("epochs")
     right.set_ylabel("test accuracy in %")
-    right.axhline(99, color=_FLOOR, linestyle=":", linewidth=1)
+    right.set_xlim(left=0)
+    handles["99 %"] = right.axhline(99, color=_FLOOR, linestyle=":", linewidth=1.2)
     for axis in (left, right):
         axis.grid(True, which="major", color="#e5e5e5")
         axis.set_axisbelow(True)
@@ -376,9 +385,8 @@ def _training(workload: str, data: dict[str, Any], order: Sequence[str]) -> Figu
     return _finish(figure, title, data, handles, order)
 
 
-def _smooth(losses: Sequence[float], width: int = 20) -> tuple[list[float], list[float]]:
+def _smooth(losses: Sequence[float], width: int) -> tuple[list[float], list[float]]:
     """Means of ``width`` steps each: single batches scatter too much to compare curves."""
-    width = max(1, min(width, len(losses) // 5))
     starts = range(0, len(losses) - width + 1, width)
     return [start + width / 2 for start in starts], [
         sum(losses[start : start + width]) / width for start in starts

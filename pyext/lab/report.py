@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -31,6 +32,7 @@ VARIANTS = (
 Row = dict[str, Any]
 _STYLES = {"faster": "green", "slower": "red", "no difference": "dim", "baseline": ""}
 _FAILED = {"wrong": "WRONG", "error": "ERROR"}
+_NOT_SHOWN = ("unavailable", "skipped", "interpreted")
 
 
 def show(data: dict[str, Any], console: Console) -> None:
@@ -47,7 +49,7 @@ def write_plots(data: dict[str, Any], folder: Path) -> list[Path]:
 def _parts(data: dict[str, Any]) -> Iterator[RenderableType]:
     rows = [row for row in data["rows"] if row["suite"] != "mnist"]
     if rows:
-        yield _long_table(rows)
+        yield from _long_table(rows)
     if data["mnist"]:
         yield from _mnist_tables(data)
     yield from _remarks(data)
@@ -100,24 +102,45 @@ def _by_case(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
     return groups
 
 
-def _long_table(rows: list[Row]) -> Table:
-    """One line per case and variant, with everything that was measured."""
-    table = Table(title="All measurements", title_style="bold", header_style="bold", box=None)
-    table.add_column("op · direction · shape · dtype", no_wrap=True)
-    table.add_column("variant", no_wrap=True)
-    for title in ("median", "vs eager", "95 % interval", "% of floor"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("remark")
+def _long_table(rows: list[Row]) -> Iterator[RenderableType]:
+    """Everything that was measured: a line per variant, under a line per case."""
+    yield Text("All measurements", style="bold")
     several_clocks = len({row["clock"] for row in rows if row["clock"]}) > 1
     order = variants_of(rows)
+    table = _lines(several_clocks)
+    table.add_row("variant", "median", "vs eager", "95 % interval", "of floor", "", style="bold")
+    yield table
     for group in _groups(rows):
-        timed = sorted(
-            (row for row in group if row["status"] not in ("unavailable", "skipped")),
-            key=lambda row: (row["clock"] or "", order.index(row["variant"])),
-        )
-        for index, row in enumerate(timed):
-            label = _label(row) if index == 0 else ""
-            table.add_row(label, *_cells(row, several_clocks), end_section=index == len(timed) - 1)
+        known = [row for row in group if row["status"] not in _NOT_SHOWN]
+        table = _lines(several_clocks)
+        for row in sorted(known, key=lambda r: (r["clock"] or "", order.index(r["variant"]))):
+            table.add_row(*_cells(row, several_clocks))
+        if known:
+            yield Text(_label(known[0]), style="bold cyan")
+            yield table
+    yield from _interpreted(rows)
+
+
+def _interpreted(rows: list[Row]) -> Iterator[Text]:
+    """One line for each variant and op that was checked in an interpreter."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row["status"] == "interpreted":
+            groups.setdefault((row["variant"], row["op"], _shape(row)), []).append(row)
+    for (variant, op, shape), group in groups.items():
+        directions = ", ".join(dict.fromkeys(row["direction"] for row in group))
+        dtypes = ", ".join(dict.fromkeys(row["dtype"] for row in group))
+        yield Text(f"{op} · {directions} · {shape} · {dtypes}", style="bold cyan")
+        yield Text(f" {variant}: interpreted: checked, not timed", style="dim")
+
+
+def _lines(several_clocks: bool) -> Table:
+    """Columns of fixed widths, so that the tables of all cases stand beneath each other."""
+    table = Table(box=None, show_header=False, padding=(0, 0, 0, 1))
+    table.add_column(width=28 if several_clocks else 15, no_wrap=True)
+    for width in (9, 9, 15, 9):
+        table.add_column(width=width, justify="right", no_wrap=True)
+    table.add_column()
     return table
 
 
@@ -134,7 +157,9 @@ def _label(row: Row) -> str:
 
 
 def _cells(row: Row, several_clocks: bool) -> list[RenderableType]:
-    name = f"{row['variant']} {row['clock']}" if several_clocks and row["clock"] else row["variant"]
+    name = row["variant"]
+    if several_clocks and row["clock"]:
+        name += f" {row['clock']}"
     if row["status"] != "ok":
         style = "bold red" if row["status"] in _FAILED else "dim"
         return [name, "–", "–", "", "", Text(_remark(row), style=style)]
@@ -155,13 +180,11 @@ def _cells(row: Row, several_clocks: bool) -> list[RenderableType]:
 def _remark(row: Row) -> str:
     if row["status"] in _FAILED:
         return f"{_FAILED[row['status']]}: {row['reason']}"
-    if row["status"] == "interpreted":
-        return "interpreted: checked, not timed"
     remarks = [row["note"]] if row["note"] else []
     if row["verdict"] == "no difference":
         remarks.append("no difference")
     if row["above_ceiling"]:
-        remarks.append("above the ceiling: in the caches, or wrong")
+        remarks.append("in the caches?")
     return "; ".join(remarks)
 
 
@@ -177,19 +200,15 @@ def _glance(rows: list[Row], data: dict[str, Any]) -> Table:
             if row["variant"] == name
         )
     ]
-    table = Table(
-        title="At a glance: eager's time, and how many times faster than eager the others are",
-        caption=_caption(data),
-        title_style="bold",
-        header_style="bold",
-    )
-    for title in ("op", "direction", "shape", "dtype"):
-        table.add_column(title, no_wrap=title != "op")
+    table = _small_table("At a glance: how many times faster than eager")
+    table.caption = _caption(data, rows)
     several_clocks = len({row["clock"] for row in rows if row["clock"]}) > 1
-    if several_clocks:
-        table.add_column("clock", no_wrap=True)
-    for title in ("floor", "eager", *names):
-        table.add_column(title, justify="right", no_wrap=True)
+    several_dtypes = len({row["dtype"] for row in rows}) > 1
+    for title in ("op", *["dtype"] * several_dtypes, *["clock"] * several_clocks):
+        table.add_column(title, no_wrap=True)
+    for title in ("eager", *names):
+        # Two short lines rather than one long one: at 80 columns all variants have their place.
+        table.add_column(title.replace("-", "-\n"), justify="right", no_wrap=True)
     checked = {
         (row["op"], row["direction"], row["dtype"])
         for row in rows
@@ -198,22 +217,21 @@ def _glance(rows: list[Row], data: dict[str, Any]) -> Table:
     last = None
     for (op, direction, _, dtype, outputs, clock), group in _by_case(rows).items():
         eager = next((row for row in group if row["variant"] == "eager"), None)
-        by_name = {row["variant"]: row for row in group}
         if clock is None or eager is None:
             continue
-        case = [op if op != last else "", direction, _shape(eager), dtype]
-        if outputs != "allocated":
-            case[1] += " (preallocated)"
-        if several_clocks:
-            case.append(clock)
+        if op != last:
+            table.add_row(Text(op, style="bold"))
+            last = op
+        star = "" if outputs == "allocated" else "*"
+        case = [f"  {direction}{star} {_shape(eager)}"]
+        case += [dtype] * several_dtypes + [clock] * several_clocks
+        by_name = {row["variant"]: row for row in group}
         cells = []
         for name in names:
             row = by_name.get(name) or _without_clock(rows, eager, name)
-            cells.append(_glance_cell(row, (op, direction, dtype) in checked and name == "triton"))
-        floor = seconds(eager["floor_s"])
-        table.add_section() if last not in (op, None) else None
-        table.add_row(*case, floor, seconds(eager["median_s"]), *cells)
-        last = op
+            interpreted = name == "triton" and (op, direction, dtype) in checked
+            cells.append(_glance_cell(row, interpreted))
+        table.add_row(*case, seconds(eager["median_s"]), *cells)
     return table
 
 
@@ -233,85 +251,97 @@ def _glance_cell(row: Row | None, checked: bool) -> Text:
     if row is not None and row["status"] in _FAILED:
         return Text(_FAILED[row["status"]], style="bold red")
     if checked:
-        return Text("checked", style="dim")
+        return Text("✓", style="dim")
     if row is None or row["status"] != "ok" or row["ratio_vs_eager"] is None:
         return Text("–", style="dim")
     flag = "≈" if row["verdict"] == "no difference" else ""
     return Text(f"{flag}{_ratio(row['ratio_vs_eager'])}", style=_STYLES[row["verdict"]])
 
 
-def _caption(data: dict[str, Any]) -> str:
+def _caption(data: dict[str, Any], rows: list[Row]) -> str:
     environment = data["environment"]
-    return (
+    dtypes = ", ".join(dict.fromkeys(row["dtype"] for row in rows))
+    text = (
         f"{environment['device']}, {environment['threads']} threads, "
-        f"PyTorch {environment['versions']['torch']}. Green is faster, red slower; "
-        "≈ means that the interval contains 1; checked means verified in Triton's interpreter, "
-        "where nothing is timed."
+        f"PyTorch {environment['versions']['torch']}, {dtypes}. "
+        "≈: the interval contains 1, no difference."
     )
+    if any(row["outputs"] != "allocated" for row in rows):
+        text += " *: outputs preallocated, for all alike."
+    if any(row["status"] == "interpreted" for row in rows):
+        text += " ✓: checked in Triton's interpreter, not timed."
+    return text
 
 
 def _mnist_tables(data: dict[str, Any]) -> Iterator[Table]:
     section = data["mnist"]
     title = f"Training on {section['data']}"
-    table = Table(title=title, title_style="bold", header_style="bold")
+    table = _small_table(title)
     for column in ("network", "backend"):
         table.add_column(column, no_wrap=True)
-    for column in ("step", "images/s", "vs eager", "95 % interval", "steps", "test accuracy"):
-        table.add_column(column, justify="right")
-    table.add_column("parity with eager")
-    for row in (row for row in data["rows"] if row["suite"] == "mnist"):
+    for column in ("step", "images/s", "vs eager", "95 % interval", "accuracy"):
+        table.add_column(column, justify="right", no_wrap=True)
+    rows = [row for row in data["rows"] if row["suite"] == "mnist"]
+    for row in rows:
         table.add_row(*_mnist_cells(row, section))
     yield table
-    table = Table(title="How much can it matter at all?", title_style="bold", header_style="bold")
-    for column in ("network", "share of an eager step that the swapped ops take", "hence at most"):
-        table.add_column(column)
+    yield from filter(None, (_parity(row, section) for row in rows))
+    table = _small_table("How much can it matter at all?")
+    table.add_column("network", no_wrap=True)
+    table.add_column("share of an eager step that the swapped ops take")
+    table.add_column("hence at most", no_wrap=True)
     for share in section["shares"]:
-        ops = ", ".join(
-            f"{op} {100 * s / share['step_s']:.1f} %" for op, s in share["op_s"].items()
-        )
-        bound = "–" if share["bound"] is None else _ratio(share["bound"])
-        table.add_row(share["workload"], f"{100 * share['share']:.1f} % ({ops})", f"{bound} faster")
+        parts = share["op_s"].items()
+        ops = ", ".join(f"{op} {100 * part / share['step_s']:.1f} %" for op, part in parts)
+        bound = "–" if share["bound"] is None else f"{_ratio(share['bound'])} faster"
+        table.add_row(share["workload"], f"{100 * share['share']:.1f} % ({ops})", bound)
     yield table
+
+
+def _small_table(title: str) -> Table:
+    return Table(
+        title=title,
+        title_style="bold",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+
+
+def _parity(row: Row, section: dict[str, Any]) -> Text | None:
+    """Whether a backend trained as eager does, in one line; None where nothing was checked."""
+    checks = _of(row, section["parity"])
+    if not checks:
+        return None
+    failed = dict.fromkeys(each["check"] for each in checks if not each["ok"])
+    passed = dict.fromkeys(each["check"] for each in checks if each["check"] not in failed)
+    parts = [f"FAILED: {', '.join(failed)}"] if failed else []
+    parts += [f"ok: {', '.join(passed)}"] if passed else []
+    text = f"{row['op']}, {row['variant']}: parity with eager {'; '.join(parts)}"
+    return Text(text, style="bold red" if failed else "")
+
+
+def _of(row: Row, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries that are about the row's network and backend."""
+    return [e for e in entries if (e["workload"], e["backend"]) == (row["op"], row["variant"])]
 
 
 def _mnist_cells(row: Row, section: dict[str, Any]) -> list[RenderableType]:
-    checks = [
-        each
-        for each in section["parity"]
-        if (each["workload"], each["backend"]) == (row["op"], row["variant"])
-    ]
-    verdict = "; ".join(
-        f"{name} {'ok' if ok else 'FAILED'}"
-        for name, ok in {
-            each["check"]: all(c["ok"] for c in checks if c["check"] == each["check"])
-            for each in checks
-        }.items()
-    )
-    parity = Text(verdict or "–", style="bold red" if "FAILED" in verdict else "")
+    names = [row["op"], row["variant"]]
     if row["status"] != "ok":
-        remark = _remark(row) or row["reason"] or row["status"]
-        return [row["op"], row["variant"], Text(remark, style="dim"), *[""] * 5, parity]
-    curve = next(
-        (
-            each
-            for each in section["curves"]
-            if (each["workload"], each["backend"]) == (row["op"], row["variant"])
-        ),
-        None,
-    )
-    last = curve["tests"][-1] if curve and curve["tests"] else None
+        short = {"interpreted": "checked"}.get(row["status"], row["status"])
+        style = "bold red" if row["status"] in _FAILED else "dim"
+        return [*names, Text(short, style=style), *["–"] * 4]
+    tests = [test for curve in _of(row, section["curves"]) for test in curve["tests"]]
     baseline = row["verdict"] == "baseline"
     style = _STYLES[row["verdict"]]
     return [
-        row["op"],
-        row["variant"],
+        *names,
         seconds(row["median_s"]),
         f"{row['shape'][0] / row['median_s']:,.0f}",
         Text("1" if baseline else _ratio(row["ratio_vs_eager"]), style=style),
         Text("" if baseline else _interval(row["ratio_ci"]), style=style),
-        str(len(curve["losses"])) if curve else "–",
-        f"{100 * last['accuracy']:.2f} %" if last else "–",
-        parity,
+        f"{100 * tests[-1]['accuracy']:.2f} %" if tests else "–",
     ]
 
 
@@ -351,7 +381,8 @@ def markdown(data: dict[str, Any], directions: Sequence[str] | None = None) -> s
         cells = [_markdown_cell(by_name.get(name)) for name in names]
         case = [f"`{op}`", direction, _shape(group[0]), dtype]
         lines.append(_line([*case, *([clock] if several_clocks else []), *cells]))
-    lines += ["", *_markdown_mnist(data), _provenance(data)]
+    lines = [*lines, ""] if timed else []
+    lines += [*_markdown_mnist(data), _provenance(data)]
     return "\n".join(lines) + "\n"
 
 
@@ -382,7 +413,8 @@ def _markdown_mnist(data: dict[str, Any]) -> Iterator[str]:
     yield _line(["---"] * 5)
     for row in rows:
         cells = [str(cell) for cell in _mnist_cells(row, data["mnist"])]
-        yield _line([f"`{cells[0]}`", cells[1], cells[2], f"{cells[4]} {cells[5]}", cells[7]])
+        ratio = f"{cells[4]} ({cells[5]})" if cells[5] else cells[4]
+        yield _line([f"`{cells[0]}`", cells[1], cells[2], ratio, cells[6]])
     yield ""
     for share in data["mnist"]["shares"]:
         if share["bound"] is not None:
@@ -401,6 +433,6 @@ def _provenance(data: dict[str, Any]) -> str:
     return (
         f"Measured {data['started'][:10]} on {environment['device']} "
         f"({environment['threads']} threads), PyTorch {environment['versions']['torch']}{source}, "
-        f"by `{environment['command']}`. Each cell: median, how many times faster than eager with "
-        "its 95 % interval, and how near to the measured floor."
+        f"by `{environment['command']}`. Medians; ratios say how many times faster than eager, "
+        "with 95 % intervals; 100 % of floor is as fast as the measured ceilings allow."
     )
