@@ -40,10 +40,17 @@ def laid_out_like(reference, tensor):
     return tensor if same else torch.empty_like(reference, dtype=tensor.dtype).copy_(tensor)
 
 
+# bfloat16 is the upper half of float32. Triton's interpreter (3.6 to 3.9) truncates where it should
+# round and mangles subnormals, so there the two functions below convert the bits themselves.
+
+
 @triton.jit
 def widen(value):
     """bfloat16 and float16 as float32, in which all arithmetic is done; other types as they are."""
-    if value.dtype == tl.bfloat16 or value.dtype == tl.float16:
+    if _INTERPRETED and value.dtype == tl.bfloat16:
+        bits = value.to(tl.int16, bitcast=True).to(tl.int32)
+        return (bits << 16).to(tl.float32, bitcast=True)
+    elif value.dtype == tl.bfloat16 or value.dtype == tl.float16:
         return value.to(tl.float32)
     else:
         return value
@@ -51,16 +58,11 @@ def widen(value):
 
 @triton.jit
 def rounded(value, dtype: tl.constexpr):
-    """``value`` in ``dtype``, rounded to nearest even.
-
-    Triton's interpreter truncates float32 to bfloat16 (seen in 3.6 and 3.9: errors of a whole unit
-    in the last place; and what it would cut off must not make a zero look subnormal), so there the
-    rounding is done on the bits before the truncation.
-    """
+    """``value`` in ``dtype``, rounded to nearest even."""
     if _INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.float32).to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        nearest = bits.to(tl.float32, bitcast=True)
-        return tl.where(value != value, value, nearest).to(tl.bfloat16)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        bits = tl.where(value != value, (bits >> 16) | 0x40, nearest)  # a NaN stays a NaN
+        return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         return value.to(dtype)

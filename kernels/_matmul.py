@@ -20,7 +20,7 @@ import triton.language as tl
 
 from ._elementwise import rounded, widen
 from ._reduction import accumulator, finish
-from ._registration import INTERPRETED, LoopBound, wrap_triton
+from ._registration import INTERPRETED, loop_bound, wrap_triton
 
 GROUP = tl.constexpr(8)
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -148,7 +148,7 @@ def _matmul_kernel(
     M,
     N,
     K,
-    steps: LoopBound,
+    steps,
     parts,  # (splits, M, N): sums over a part of K, or None and the epilogue is done here
     column_sums,  # (N,), or (splits, N) beside parts: of B, or None
     out,
@@ -212,16 +212,16 @@ def _matmul_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     if column_sums is not None:
         sums = tl.zeros((BLOCK_N,), ACC)
-    for _ in range(steps):
+    for _ in range(loop_bound(steps)):
         a_tile = tl.load(a_pointers, mask=a_inside & (inner[None, :] < a_end), other=0)
         b_tile = tl.load(b_pointers, mask=b_inside & (inner[:, None] < b_end), other=0)
         if _INTERPRETED:
             # The interpreter multiplies the bits of bfloat16 as integers.
-            a_tile = a_tile.to(ACC)
-            b_tile = b_tile.to(ACC)
+            a_tile = widen(a_tile)
+            b_tile = widen(b_tile)
         acc = tl.dot(a_tile, b_tile, acc, input_precision="ieee", out_dtype=ACC)
         if column_sums is not None:
-            sums += tl.sum(b_tile.to(ACC), 0)
+            sums += tl.sum(widen(b_tile), 0)
         a_pointers += a_step
         b_pointers += b_step
         inner += BLOCK_K
@@ -264,7 +264,7 @@ def _matmul_kernel(
 @triton.jit(do_not_specialize=["lr_bits"])
 def _add_parts_kernel(
     parts,
-    splits: LoopBound,
+    splits,
     part_sums,
     column_sums,
     M,
@@ -299,13 +299,13 @@ def _add_parts_kernel(
     offsets = rows[:, None] * N + columns[None, :]
     size = tl.cast(M, tl.int64) * N
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    for _ in range(splits):
+    for _ in range(loop_bound(splits)):
         acc += tl.load(parts + offsets, mask=inside, other=0)
         offsets += size
     if column_sums is not None:
         sums = tl.zeros((BLOCK_N,), ACC)
         sum_offsets = columns
-        for _ in range(splits):
+        for _ in range(loop_bound(splits)):
             sums += tl.load(part_sums + sum_offsets, mask=columns < N, other=0)
             sum_offsets += N
         if tile_m == 0:

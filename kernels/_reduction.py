@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ._elementwise import rounded
-from ._registration import INTERPRETED, LoopBound, wrap_triton
+from ._registration import INTERPRETED, loop_bound, wrap_triton
 
 NONE, MEAN, SUM = 0, 1, 2  # ATen's numbers for reduction
 
@@ -27,10 +27,10 @@ def empty_loss(like, reduction):
 
 
 @triton.jit
-def _finish_kernel(partials, loss, n, count, steps: LoopBound, BLOCK: tl.constexpr):
+def _finish_kernel(partials, loss, n, count, steps, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), partials.dtype.element_ty)
     offsets = tl.arange(0, BLOCK)
-    for _ in range(steps):
+    for _ in range(loop_bound(steps)):
         total += tl.load(partials + offsets, mask=offsets < n, other=0)
         offsets += BLOCK
     tl.store(loss, rounded(tl.sum(total, 0) / count, loss.dtype.element_ty))

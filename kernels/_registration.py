@@ -10,15 +10,21 @@ import re
 
 import torch
 import triton
-import triton.language as tl
 
 NAMESPACE = "pyext_triton"
 INTERPRETED = triton.knobs.runtime.interpret
 
-# The annotation of a kernel argument that bounds a loop. Triton 3.6's interpreter cannot count to a
-# runtime value under NumPy >= 2.4 ("only 0-dimensional arrays can be converted"), so interpreted it
-# is a compile-time constant; compiled it is an ordinary argument, and no shape forces a recompile.
-LoopBound = tl.constexpr if INTERPRETED else None
+if INTERPRETED:
+
+    def loop_bound(value):
+        """A kernel's runtime number of steps, for ``range``: a Python int. Triton 3.6's interpreter
+        itself fails under NumPy >= 2.4 ("only 0-dimensional arrays can be converted")."""
+        return value.handle.data.item()
+else:
+
+    @triton.jit
+    def loop_bound(value):
+        return value
 
 
 def wrap_triton(kernel):

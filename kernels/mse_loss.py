@@ -17,7 +17,7 @@ import triton.language as tl
 
 from ._elementwise import WARPS, block_size, rounded, widen
 from ._reduction import NONE, accumulator, divisor, empty_loss, finish
-from ._registration import LoopBound, expect, expect_floating, raw_op, wrap_triton
+from ._registration import expect, expect_floating, loop_bound, raw_op, wrap_triton
 
 MAX_PROGRAMS = 1024
 MAX_TILES_OF_ONE_PROGRAM = 4
@@ -39,15 +39,13 @@ def _squared_error_kernel(input, target, loss, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _partial_sums_kernel(
-    input, target, partials, n, count, full_steps: LoopBound, BLOCK: tl.constexpr
-):
+def _partial_sums_kernel(input, target, partials, n, count, full_steps, BLOCK: tl.constexpr):
     # In a full step every program has a full tile, unmasked; one masked step takes the rest.
     program = tl.program_id(0).to(tl.int64)
     stride = tl.num_programs(0).to(tl.int64) * BLOCK
     offsets = program * BLOCK + tl.arange(0, BLOCK)
     total = widen(tl.zeros((BLOCK,), input.dtype.element_ty))
-    for _ in range(full_steps):
+    for _ in range(loop_bound(full_steps)):
         difference = widen(tl.load(input + offsets)) - widen(tl.load(target + offsets))
         total += difference * difference
         offsets += stride

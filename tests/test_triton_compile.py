@@ -102,8 +102,10 @@ def compile_all(architecture, dtype, inputs):
 
 
 def facts(kernel):
-    """What the compiler made: size, bytes of the widest global accesses, bytes of stack."""
+    """What the compiler made: size, bytes of the widest global accesses, bytes of stack; and the
+    arguments that Triton passes as float32, whatever the tensors' dtype."""
     return {
+        "float_arguments": [k for k, v in kernel.src.signature.items() if str(v).startswith("fp")],
         "cubin_bytes": len(kernel.asm["cubin"]),
         "widest_load": widest_access(kernel.asm["ptx"], "ld.global"),
         "widest_store": widest_access(kernel.asm["ptx"], "st.global"),
@@ -151,7 +153,9 @@ def check(records):
     assert {record["unit"] for record in records} == {"elementwise", "matmul"}
     for record in records:
         assert record["cubin_bytes"] > 0, record
-        assert record["stack_bytes"] == 0, f"spills registers: {record}"
+        assert not record["float_arguments"], f"not exact for float64: {record}"
+        # Two registers set aside before the loop cost nothing; a tile that spills is kilobytes.
+        assert record["stack_bytes"] <= 8, f"spills registers: {record}"
 
 
 def check_accesses(records, itemsize):
