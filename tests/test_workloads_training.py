@@ -78,6 +78,37 @@ def test_defaults_are_those_of_pytorchs_examples(loaded):
     assert training.scheduler.step_size == 1 and training.scheduler.gamma == 0.7
 
 
+def _one_hot(labels):
+    return torch.eye(10)[labels]
+
+
+@pytest.mark.parametrize(
+    "workload, criterion, target",
+    [
+        (mnist_cnn, F.nll_loss, lambda labels: labels),
+        (mnist_mlp, lambda output, wanted: (output - wanted).square().mean(), _one_hot),
+    ],
+)
+def test_the_engine_trains_as_a_loop_by_hand(loaded, workload, criterion, target):
+    training = workload.prepare(HYPER, loaded)
+    model = copy.deepcopy(training.model)
+    for module in (*training.model.modules(), *model.modules()):
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
+    for epoch in range(2):
+        for _ in range(training.steps_per_epoch):
+            images, labels = training.next_batch()
+            loss = criterion(model(images), target(labels))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            torch.testing.assert_close(training.step(), loss.detach())
+        training.end_epoch()
+        optimizer.param_groups[0]["lr"] = 0.7 ** (epoch + 1)
+    torch.testing.assert_close(training.model.state_dict(), model.state_dict())
+
+
 @pytest.mark.parametrize("workload", [mnist_cnn, mnist_mlp])
 def test_a_run_is_a_function_of_its_hyper_parameters(loaded, workload):
     def losses(hyper):
