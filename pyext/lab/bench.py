@@ -325,9 +325,7 @@ class Benchmark:
             else:
                 names.append(name)
         for name in self.settings.peers:
-            if reason := why_unavailable(name, case.device):
-                prevented.append(Outcome(name, "peer", "unavailable", reason))
-            elif name in COMPILED and not compile_in_time:
+            if name in COMPILED and not compile_in_time:
                 reason = "the quick profile's time was used up; --profile full times it"
                 prevented.append(Outcome(name, "peer", "skipped", reason))
             else:
