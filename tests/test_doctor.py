@@ -64,7 +64,7 @@ def test_nothing_built(tmp_path):
     assert found.stdout.strip() == str(tmp_path / "pyext" / "__init__.py")
     finished = run("-m", "pyext.doctor", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert finished.returncode == 3
-    assert "not built" in finished.stdout and "pip install -e ." in finished.stdout
+    assert "not built; rebuild with `pip install -e .`" in finished.stdout
     assert "Traceback" not in finished.stdout + finished.stderr
 
 

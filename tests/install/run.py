@@ -83,15 +83,12 @@ class Environment:
 
     def uv(self, *arguments: object) -> str:
         """uv, looking where pip does: it does not read pip's configuration."""
-        variables = {
-            name: " ".join(re.findall(rf"(?m){option}='(.*)'$", self.pip("config", "list")))
-            for name, option in UV_OF_PIP.items()
-        }
-        return self.run(
-            self.python.with_name("uv"),
-            *arguments,
-            **{name: value for name, value in variables.items() if value},
-        )
+        configuration = self.pip("config", "list")
+        variables = {"UV_INDEX_STRATEGY": "unsafe-best-match"}
+        for name, option in UV_OF_PIP.items():
+            if found := re.search(rf"(?m)^{option}='(.*)'$", configuration):
+                variables[name] = found[1]
+        return self.run(self.python.with_name("uv"), *arguments, **variables)
 
     def probe(self) -> dict:
         """What tests/install/probe.py says, from a folder where only the installation is found."""
