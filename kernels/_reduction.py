@@ -5,9 +5,11 @@ import triton
 import triton.language as tl
 
 from ._elementwise import rounded
-from ._registration import INTERPRETED, loop_bound, wrap_triton
+from ._registration import loop_bound, wrap_triton
 
 NONE, MEAN, SUM = 0, 1, 2  # ATen's numbers for reduction
+
+PARTIALS_PER_STEP = 1024  # most losses have no more partial sums
 
 
 def accumulator(dtype):
@@ -39,7 +41,12 @@ def _finish_kernel(partials, loss, n, count, steps, BLOCK: tl.constexpr):
 def finish(partials, loss, count):
     """loss = sum(partials) / count, by one program: at most a few thousand partial sums."""
     n = partials.numel()
-    block = triton.next_power_of_2(n) if INTERPRETED else 1024
     wrap_triton(_finish_kernel)[(1,)](
-        partials, loss, n, count, triton.cdiv(n, block), BLOCK=block, num_warps=4
+        partials,
+        loss,
+        n,
+        count,
+        triton.cdiv(n, PARTIALS_PER_STEP),
+        BLOCK=PARTIALS_PER_STEP,
+        num_warps=4,
     )

@@ -51,27 +51,31 @@ def test_schema_is_that_of_the_compiled_op(op, raw_op):
     assert ours.removeprefix("pyext_triton::") == compiled.removeprefix("pyext::")
 
 
-@pytest.mark.parametrize(("op", "raw_op"), raw_ops())
-def test_is_visible_to_torch_compile_only_if_compiled(op, raw_op):
-    """An interpreted triton_op fails opcheck and fullgraph; a compiled custom_op is opaque."""
-    from torch._library.triton import get_triton_kernels_for_op
-
-    assert hasattr(TRITON.raw, raw_op.name)
-    kernels = get_triton_kernels_for_op(f"pyext_triton::{raw_op.name}")
-    assert bool(kernels) != TRITON.interpreted
+def test_torch_compile_sees_the_kernels_of_every_raw_op():
+    """Not in Triton's interpreter, hence in a process of its own."""
+    code = """
+from pyext import registry
+from pyext.backends import BACKENDS
+from torch._library.triton import get_triton_kernels_for_op
+raw = BACKENDS["triton"].raw
+names = [raw_op.name for op in registry.ops().values() for raw_op in op.raw_ops]
+print([name for name in names if not get_triton_kernels_for_op(f"pyext_triton::{name}")])
+"""
+    assert run_python(code, TRITON_INTERPRET="0") == "[]"
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Every kernel in many programs, with K split: what only large operands would reach."""
     TRITON.raw  # noqa: B018  imports the kernels
-    from pyext.kernels import _matmul, mse_loss, relu
+    from pyext.kernels import _matmul, _reduction, mse_loss, relu
 
     def choose_tiling(m, n, k, itemsize):
         return _matmul.Tiling(16, 16, 16, splits=3 if k > 32 else 1, warps=1, stages=1)
 
     monkeypatch.setattr(_matmul, "choose_tiling", choose_tiling)
     monkeypatch.setattr(mse_loss, "MAX_PROGRAMS", 5)
+    monkeypatch.setattr(_reduction, "PARTIALS_PER_STEP", 2)
     for module in (mse_loss, relu):
         monkeypatch.setattr(module, "block_size", lambda n, itemsize: 64)
 
@@ -85,6 +89,47 @@ def test_many_tiles_and_split_sums(op, dtype, device, small_tiles):
     args = op.check_inputs(op.benchmark_inputs(shape, dtype, torch.device(device), generator))
     result = verify(op, through(op, "triton"), args)
     assert result, result.detail
+
+
+@pytest.fixture
+def fences(monkeypatch):
+    """Puts every new tensor between two fences; yields a function that places one there, and says
+    whether all fences still stand."""
+    buffers = []
+    empty = torch.empty
+
+    def fenced(tensor):
+        fence = 64
+        buffer = empty(tensor.numel() + 2 * fence, dtype=tensor.dtype, device=tensor.device)
+        buffer.fill_(77)
+        inside = buffer[fence : fence + tensor.numel()]
+        buffers.append((buffer, fence, tensor.numel()))
+        # Fresh tensors are dense, so their strides fit the same number of elements.
+        return inside.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+    def stand():
+        return all(
+            bool((buffer[:fence] == 77).all()) and bool((buffer[fence + n :] == 77).all())
+            for buffer, fence, n in buffers
+        )
+
+    empty_like, new_empty = torch.empty_like, torch.Tensor.new_empty
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fenced(empty_like(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fenced(new_empty(*a, **k)))
+    yield fenced, stand
+    assert buffers
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("op", "raw_op"), raw_ops())
+def test_nothing_is_written_outside_the_results(op, raw_op, device, small_tiles, fences):
+    fenced, stand = fences
+    call = getattr(TRITON.raw, raw_op.name)
+    for args in raw_op.samples(torch.device(device), torch.float32):
+        if op.is_step:  # its arguments are results
+            args = [fenced(each.contiguous()) if torch.is_tensor(each) else each for each in args]
+        call(*args)
+        assert stand(), [tuple(each.shape) for each in args if torch.is_tensor(each)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
