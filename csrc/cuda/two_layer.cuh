@@ -22,13 +22,14 @@ struct TwoLayerSize {
 
 // out = sums [+ bias], with a ReLU after it if asked for.
 template <class T, bool Relu>
-struct StoreBias {
+struct StoreBias : ElementwiseEpilogue {
   using Acc = Accumulate<T>;
   QuadMatrix<T> out;
   const T* bias;  // nullptr: none
   int64_t bias_stride;
 
-  __device__ __forceinline__ void row(int64_t m, int64_t n, Acc (&sums)[QUAD], int count) {
+  __device__ __forceinline__ void row(int64_t m, int64_t n, Acc (&sums)[QUAD], int count,
+                                      State&) const {
 #pragma unroll
     for (int j = 0; j < QUAD; ++j) {
       if (bias != nullptr && j < count) sums[j] += to_accumulate(bias[(n + j) * bias_stride]);
@@ -36,19 +37,18 @@ struct StoreBias {
     }
     out.store(m, n, count, sums);
   }
-  __device__ void finish(int64_t) {}
-  static constexpr std::size_t shared_bytes(int) { return 0; }
 };
 
 // out = (sums [+ addend]) where hidden > 0, else 0: ReLU's backward.
 template <class T>
-struct StoreMasked {
+struct StoreMasked : ElementwiseEpilogue {
   using Acc = Accumulate<T>;
   QuadMatrix<T> out;
   QuadMatrix<const T> hidden;
   QuadMatrix<const T> addend;  // data == nullptr: none
 
-  __device__ __forceinline__ void row(int64_t m, int64_t n, Acc (&sums)[QUAD], int count) {
+  __device__ __forceinline__ void row(int64_t m, int64_t n, Acc (&sums)[QUAD], int count,
+                                      State&) const {
     Acc activations[QUAD];
     hidden.load(m, n, count, activations);
     if (addend.data != nullptr) {
@@ -61,8 +61,6 @@ struct StoreMasked {
     for (int j = 0; j < QUAD; ++j) sums[j] = activations[j] <= 0 ? Acc(0) : sums[j];
     out.store(m, n, count, sums);
   }
-  __device__ void finish(int64_t) {}
-  static constexpr std::size_t shared_bytes(int) { return 0; }
 };
 
 template <class T>
@@ -75,7 +73,7 @@ struct Bias {
 template <class T>
 void hidden_layer(const TwoLayerSize& size, const Matrix<const T>& x, const Matrix<const T>& w1,
                   const Bias<T>& b1, T* hidden, Scratch& scratch, cudaStream_t stream) {
-  const StoreBias<T, true> epilogue{row_major(hidden, size.hidden), b1.data, b1.stride};
+  const StoreBias<T, true> epilogue{{}, row_major(hidden, size.hidden), b1.data, b1.stride};
   product(x, w1, size.batch, size.hidden, size.in, epilogue, scratch, stream);
 }
 
@@ -83,7 +81,7 @@ void hidden_layer(const TwoLayerSize& size, const Matrix<const T>& x, const Matr
 template <class T>
 void plain_product(const Matrix<const T>& a, const Matrix<const T>& b, int64_t m, int64_t n,
                    int64_t k, const Bias<T>& bias, T* out, Scratch& scratch, cudaStream_t stream) {
-  const StoreBias<T, false> epilogue{row_major(out, n), bias.data, bias.stride};
+  const StoreBias<T, false> epilogue{{}, row_major(out, n), bias.data, bias.stride};
   product(a, b, m, n, k, epilogue, scratch, stream);
 }
 
@@ -92,7 +90,7 @@ template <class T>
 void hidden_gradient(const TwoLayerSize& size, const Matrix<const T>& grad_out,
                      const Matrix<const T>& grad_hidden, const Matrix<const T>& w2,
                      const Matrix<const T>& hidden, T* d, Scratch& scratch, cudaStream_t stream) {
-  const StoreMasked<T> epilogue{row_major(d, size.hidden), hidden, grad_hidden};
+  const StoreMasked<T> epilogue{{}, row_major(d, size.hidden), hidden, grad_hidden};
   product(grad_out, w2.transposed(), size.batch, size.hidden, size.out, epilogue, scratch, stream);
 }
 

@@ -23,9 +23,13 @@ struct StoreLoss {
   Acc scale;
   QuadMatrix<T> squares;  // data == nullptr: none
   Acc* partials;
-  Acc sum = 0;
 
-  __device__ __forceinline__ void row(int64_t m, int64_t n, Acc (&sums)[QUAD], int count) {
+  struct State {
+    Acc sum = 0;
+  };
+
+  __device__ __forceinline__ void row(int64_t m, int64_t n, Acc (&sums)[QUAD], int count,
+                                      State& state) const {
     Acc targets[QUAD];
     Acc squared[QUAD];
     y.load(m, n, count, targets);
@@ -36,15 +40,15 @@ struct StoreLoss {
       }
       sums[j] -= targets[j];
       squared[j] = sums[j] * sums[j];
-      if (j < count) sum += squared[j];
+      if (j < count) state.sum += squared[j];
       sums[j] *= scale;
     }
     difference.store(m, n, count, sums);
     if (squares.data != nullptr) squares.store(m, n, count, squared);
   }
-  __device__ __forceinline__ void finish(int64_t block) {
+  __device__ __forceinline__ void finish(int64_t block, const State& state) const {
     if (partials == nullptr) return;
-    const Acc block_total = block_sum(sum);
+    const Acc block_total = block_sum(state.sum);
     if (threadIdx.x == 0) partials[block] = block_total;
   }
   static constexpr std::size_t shared_bytes(int threads) { return block_sum_bytes<Acc>(threads); }

@@ -14,20 +14,19 @@ namespace pyext {
 
 // weight -= lr * sums
 template <class T>
-struct UpdateWeight {
+struct UpdateWeight : ElementwiseEpilogue {
   using Acc = Accumulate<T>;
   QuadMatrix<T> weight;
   Acc lr;
 
-  __device__ __forceinline__ void row(int64_t m, int64_t n, Acc (&sums)[QUAD], int count) {
+  __device__ __forceinline__ void row(int64_t m, int64_t n, Acc (&sums)[QUAD], int count,
+                                      State&) const {
     Acc values[QUAD];
     weight.load(m, n, count, values);
 #pragma unroll
     for (int j = 0; j < QUAD; ++j) values[j] -= lr * sums[j];
     weight.store(m, n, count, values);
   }
-  __device__ void finish(int64_t) {}
-  static constexpr std::size_t shared_bytes(int) { return 0; }
 };
 
 // weight (m, n) -= lr * a @ b. The product runs along the dimension in which the weight is dense: a
@@ -37,10 +36,10 @@ void update_weight(const Matrix<T>& weight, const Matrix<const T>& a, const Matr
                    int64_t m, int64_t n, int64_t k, Accumulate<T> lr, Scratch& scratch,
                    cudaStream_t stream) {
   if (weight.row_stride == 1 && weight.column_stride != 1) {
-    const UpdateWeight<T> epilogue{weight.transposed(), lr};
+    const UpdateWeight<T> epilogue{{}, weight.transposed(), lr};
     product(b.transposed(), a.transposed(), n, m, k, epilogue, scratch, stream);
   } else {
-    product(a, b, m, n, k, UpdateWeight<T>{weight, lr}, scratch, stream);
+    product(a, b, m, n, k, UpdateWeight<T>{{}, weight, lr}, scratch, stream);
   }
 }
 

@@ -451,8 +451,8 @@ void test_product() {
             if (parts > 1 && plan.parts == 1) continue;
             HostScratch scratch;
             Buffer<T> out(size.m * size.n);
-            const StoreBias<T, true> epilogue{row_major(out.data(), size.n), bias.view.data,
-                                              bias.view.column_stride};
+            const StoreBias<T, true> epilogue{
+                {}, row_major(out.data(), size.n), bias.view.data, bias.view.column_stride};
             product(plan, a.constant, b.constant, size.m, size.n, size.k, epilogue, scratch,
                     nullptr);
             const std::string name =

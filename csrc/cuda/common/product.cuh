@@ -9,10 +9,11 @@
 // When C has too few tiles to fill a GPU and k is long, k is split: each block writes the sums over
 // its part of k to a workspace, and a second pass adds them in a fixed order and runs the epilogue.
 //
-// An epilogue is a functor that receives finished sums:
-//   row(m, n, sums, count)  columns n .. n+count-1 of row m; n is a multiple of four, count <= 4
-//   finish(block)           once per thread at the end, by all threads of the block
-//   shared_bytes(threads)   the shared memory that `finish` needs
+// An epilogue is a constant functor that receives finished sums, with what a thread adds up kept in
+// its State (a kernel parameter that is written to becomes a copy in local memory):
+//   row(m, n, sums, count, state)  columns n .. n+count-1 of row m; 4 divides n, count <= 4
+//   finish(block, state)           once per thread at the end, by all threads of the block
+//   shared_bytes(threads)          the shared memory that `finish` needs
 #pragma once
 
 #include <algorithm>
@@ -20,6 +21,13 @@
 #include "matrix.cuh"
 
 namespace pyext {
+
+// The base of an epilogue that only maps sums to what it stores.
+struct ElementwiseEpilogue {
+  struct State {};
+  __device__ void finish(int64_t, const State&) const {}
+  static constexpr std::size_t shared_bytes(int) { return 0; }
+};
 
 // A block computes Rows x Columns of C, `Depth` steps of k at a time. Each thread owns ThreadRows x
 // ThreadColumns of it; a warp's lanes lie 4 x 8, so that one read of a fragment touches every bank
@@ -42,7 +50,9 @@ struct Tile {
 // 8 x 8 per thread needs 64 accumulators and 16 fragment registers, which leaves two blocks per SM
 // (128 registers a thread); each step of k then costs four 16-byte shared reads per 64 FMAs.
 using LargeTile = Tile<128, 128, 16, 8, 8, 2>;
-using MediumTile = Tile<64, 64, 16, 8, 4, 3>;
+// float64's accumulators take twice the registers, so that two blocks fit instead of three.
+template <class T>
+using MediumTile = Tile<64, 64, 16, 8, 4, std::is_same_v<T, double> ? 2 : 3>;
 using SmallTile = Tile<32, 32, 16, 4, 4, 4>;
 
 enum class TileChoice { small, medium, large };
@@ -180,7 +190,7 @@ __device__ __forceinline__ TilePosition tile_position(int64_t m, int64_t n) {
 template <class T, class TileShape, class Epilogue>
 __global__ void __launch_bounds__(TileShape::THREADS, TileShape::BLOCKS_PER_SM)
     product_kernel(Matrix<const T> a, Matrix<const T> b, int64_t m, int64_t n, int64_t k,
-                   int64_t depth_per_split, Epilogue epilogue) {
+                   int64_t depth_per_split, const Epilogue epilogue) {
   using Acc = Accumulate<T>;
   using LoaderA = OperandLoader<T, TileShape::ROWS, TileShape::DEPTH, TileShape::THREADS>;
   using LoaderB = OperandLoader<T, TileShape::COLUMNS, TileShape::DEPTH, TileShape::THREADS>;
@@ -241,6 +251,7 @@ __global__ void __launch_bounds__(TileShape::THREADS, TileShape::BLOCKS_PER_SM)
     __syncthreads();
   }
 
+  typename Epilogue::State state{};
 #pragma unroll
   for (int i = 0; i < TileShape::THREAD_ROWS; ++i) {
     const int64_t c_row = tile.row + row + i / QUAD * QUAD_ROWS + i % QUAD;
@@ -253,25 +264,23 @@ __global__ void __launch_bounds__(TileShape::THREADS, TileShape::BLOCKS_PER_SM)
 #pragma unroll
       for (int j = 0; j < QUAD; ++j) values[j] = sums[i][quad * QUAD + j];
       const int count = n - c_column < QUAD ? static_cast<int>(n - c_column) : QUAD;
-      epilogue.row(c_row, c_column, values, count);
+      epilogue.row(c_row, c_column, values, count, state);
     }
   }
-  epilogue.finish(blockIdx.x);
+  epilogue.finish(blockIdx.x, state);
 }
 
 // The epilogue of a split product: sums of part blockIdx.y of k, to workspace[part][m][n].
 template <class Acc>
-struct StorePart {
+struct StorePart : ElementwiseEpilogue {
   QuadMatrix<Acc> workspace;
   int64_t part_stride;
 
-  __device__ void row(int64_t m, int64_t n, const Acc (&sums)[QUAD], int count) {
+  __device__ void row(int64_t m, int64_t n, const Acc (&sums)[QUAD], int count, State&) const {
     QuadMatrix<Acc> part = workspace;
     part.data += blockIdx.y * part_stride;
     part.store(m, n, count, sums);
   }
-  __device__ void finish(int64_t) {}
-  static constexpr std::size_t shared_bytes(int) { return 0; }
 };
 
 constexpr int COMBINE_THREADS = 128;
@@ -279,26 +288,28 @@ constexpr int COMBINE_THREADS = 128;
 // The second pass: one thread per quad of C adds the parts in ascending order.
 template <class Acc, class Epilogue>
 __global__ void __launch_bounds__(COMBINE_THREADS)
-    combine_parts_kernel(QuadMatrix<const Acc> workspace, int64_t part_stride, int parts, int64_t m,
-                         int64_t n, Epilogue epilogue) {
+    combine_parts_kernel(const QuadMatrix<const Acc> workspace, int64_t part_stride, int parts,
+                         int64_t m, int64_t n, const Epilogue epilogue) {
   const int64_t quads_per_row = ceil_div<int64_t>(n, QUAD);
   const int64_t quad = int64_t{blockIdx.x} * COMBINE_THREADS + threadIdx.x;
   const int64_t row = quad / quads_per_row;
   const int64_t column = quad % quads_per_row * QUAD;
+  typename Epilogue::State state{};
   if (row < m) {
     const int count = static_cast<int>(n - column < QUAD ? n - column : QUAD);
+    QuadMatrix<const Acc> source = workspace;
     Acc sums[QUAD] = {};
 #pragma unroll 4
     for (int part = 0; part < parts; ++part) {
       Acc values[QUAD];
-      workspace.load(row, column, count, values);
-      workspace.data += part_stride;
+      source.load(row, column, count, values);
+      source.data += part_stride;
 #pragma unroll
       for (int j = 0; j < QUAD; ++j) sums[j] += values[j];
     }
-    epilogue.row(row, column, sums, count);
+    epilogue.row(row, column, sums, count, state);
   }
-  epilogue.finish(blockIdx.x);
+  epilogue.finish(blockIdx.x, state);
 }
 
 // How one product is cut up.
@@ -335,7 +346,7 @@ inline ProductPlan plan_with(TileChoice choice, int64_t m, int64_t n, int64_t k,
     case TileChoice::large:
       return plan_with<LargeTile>(choice, m, n, k, wanted_parts);
     case TileChoice::medium:
-      return plan_with<MediumTile>(choice, m, n, k, wanted_parts);
+      return plan_with<MediumTile<float>>(choice, m, n, k, wanted_parts);
     default:
       return plan_with<SmallTile>(choice, m, n, k, wanted_parts);
   }
@@ -353,7 +364,8 @@ inline ProductPlan plan_product(int64_t m, int64_t n, int64_t k, bool has_large_
     int64_t least_depth;  // of one part of k
   };
   constexpr Candidate LARGE{TileChoice::large, LargeTile::ROWS, LargeTile::COLUMNS, 128, 512};
-  constexpr Candidate MEDIUM{TileChoice::medium, MediumTile::ROWS, MediumTile::COLUMNS, 192, 256};
+  constexpr Candidate MEDIUM{TileChoice::medium, MediumTile<float>::ROWS,
+                             MediumTile<float>::COLUMNS, 192, 256};
   constexpr Candidate SMALL{TileChoice::small, SmallTile::ROWS, SmallTile::COLUMNS, 256, 64};
   // An empty C counts as one tile, which nobody launches.
   const auto tiles = [&](const Candidate& c) {
@@ -401,7 +413,7 @@ void launch_product_tiles(const ProductPlan& plan, const Matrix<const T>& a,
       if constexpr (HAS_LARGE_TILE<T>) launch_tile(LargeTile{});
       break;
     case TileChoice::medium:
-      launch_tile(MediumTile{});
+      launch_tile(MediumTile<T>{});
       break;
     case TileChoice::small:
       launch_tile(SmallTile{});
@@ -414,7 +426,7 @@ template <class T>
 void product_parts(const ProductPlan& plan, const Matrix<const T>& a, const Matrix<const T>& b,
                    int64_t m, int64_t n, int64_t k, Accumulate<T>* workspace, int64_t part_stride,
                    cudaStream_t stream) {
-  const StorePart<Accumulate<T>> epilogue{row_major(workspace, n), part_stride};
+  const StorePart<Accumulate<T>> epilogue{{}, row_major(workspace, n), part_stride};
   launch_product_tiles(plan, a, b, m, n, k, epilogue, stream);
 }
 

@@ -11,7 +11,7 @@
 
 #define PYEXT_REGISTER_TILES(T, ...)              \
   PYEXT_REGISTER_TILE(T, SmallTile, __VA_ARGS__); \
-  PYEXT_REGISTER_TILE(T, MediumTile, __VA_ARGS__)
+  PYEXT_REGISTER_TILE(T, MediumTile<T>, __VA_ARGS__)
 
 #define PYEXT_REGISTER_PRODUCT(T, ...)                                       \
   PYEXT_REGISTER_TILES(T, __VA_ARGS__);                                      \
