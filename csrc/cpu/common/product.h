@@ -18,6 +18,9 @@ struct Vector {
 // 1000 random terms falls to 0.4 of that of one long chain, for 2 % more work.
 constexpr int64_t kSumBlock = 128;
 
+template <int kRows, int kVectors>
+struct Tile {};
+
 // acc[i][:] += a[i] * b[:] over the depth. A is packed as [depth][kRows], B as [depth][vectors].
 template <class Acc, int kRows, int kVectors>
 __attribute__((noinline)) void microkernel(int64_t depth, const Acc* a, const Acc* b, Acc* c,
@@ -99,11 +102,22 @@ void pack_a(const Matrix<const T>& a, int64_t i_begin, int64_t rows, int64_t k_b
   }
 }
 
-template <class Acc, int kRows, int kVectors, class TA, class TB, class Parallel, class Epilogue>
-void tiled_product(const Matrix<const TA>& a, const Matrix<const TB>& b, const Parallel& parallel,
-                   const Epilogue& epilogue) {
+// How the tiled product gets its operands and hands over its result.
+template <class Acc>
+struct Operands {
+  int64_t m, n, depth;
+  // (first row, rows, first k, depth, packed): slabs of kRows rows, [slab][depth][kRows]
+  FunctionRef<void(int64_t, int64_t, int64_t, int64_t, Acc*)> pack_a;
+  // (first column, first k, depth, packed): one panel, [depth][panel columns]
+  FunctionRef<void(int64_t, int64_t, int64_t, Acc*)> pack_b;
+  // (first row, rows, first column, columns, sums, stride of the rows of sums)
+  FunctionRef<void(int64_t, int64_t, int64_t, int64_t, const Acc*, int64_t)> finish;
+};
+
+template <class Acc, int kRows, int kVectors, class Parallel>
+void tiled_product(const Operands<Acc>& of, const Parallel& parallel) {
   constexpr int64_t kPanel = kVectors * Vector<Acc>::lanes;
-  const int64_t m = a.rows, n = b.columns, depth = a.columns;
+  const int64_t m = of.m, n = of.n, depth = of.depth;
   const int64_t threads = m * n * depth < kSerialWork ? 1 : parallel.threads;
 
   // As many row blocks as there are threads; where rows do not suffice, panels are split as well.
@@ -124,11 +138,11 @@ void tiled_product(const Matrix<const TA>& a, const Matrix<const TB>& b, const P
         row_blocks >= threads ? 1 : std::min(panels, divide_up(threads, row_blocks));
     for (int64_t k_begin = 0; k_begin == 0 || k_begin < depth; k_begin += depth_block) {
       const int64_t block_depth = std::min(depth_block, depth - k_begin);
-      const bool last = k_begin + block_depth >= depth;
+      const bool first = k_begin == 0, last = k_begin + block_depth >= depth;
       parallel(panels, threads, [&](int64_t begin, int64_t end) {
         for (int64_t panel = begin; panel < end; ++panel)
-          pack_b(b, k_begin, block_depth, j_begin + panel * kPanel, kPanel,
-                 packed_b.get() + panel * kPanel * block_depth);
+          of.pack_b(j_begin + panel * kPanel, k_begin, block_depth,
+                    packed_b.get() + panel * kPanel * block_depth);
       });
       parallel(row_blocks * panel_groups, threads, [&](int64_t begin, int64_t end) {
         Buffer<Acc> packed_a(row_block * block_depth);
@@ -136,7 +150,7 @@ void tiled_product(const Matrix<const TA>& a, const Matrix<const TB>& b, const P
         for (int64_t task = begin; task < end; ++task) {
           const int64_t i_begin = task / panel_groups * row_block, group = task % panel_groups;
           const int64_t rows = std::min(row_block, m - i_begin);
-          pack_a<kRows>(a, i_begin, rows, k_begin, block_depth, packed_a.get());
+          of.pack_a(i_begin, rows, k_begin, block_depth, packed_a.get());
           for (int64_t panel = panels * group / panel_groups;
                panel < panels * (group + 1) / panel_groups; ++panel) {
             const int64_t j = j_begin + panel * kPanel;
@@ -145,24 +159,18 @@ void tiled_product(const Matrix<const TA>& a, const Matrix<const TB>& b, const P
               const int64_t i = i_begin + slab, slab_rows = std::min<int64_t>(kRows, rows - slab);
               const Acc* a_slab = packed_a.get() + slab * block_depth;
               Acc* c = tile.get();
-              if (!one_depth_block) {
-                // The tile's place among the sums; a last slab may lack rows, so it goes by copy.
-                Acc* waiting = sums.get() + i * column_block + panel * kPanel;
-                if (k_begin > 0)
-                  for (int64_t r = 0; r < slab_rows; ++r)
-                    std::memcpy(c + r * kPanel, waiting + r * column_block, kPanel * sizeof(Acc));
-                multiply_tile<Acc, kRows, kVectors>(block_depth, a_slab, b_panel, c, k_begin > 0);
-                if (!last) {
-                  for (int64_t r = 0; r < slab_rows; ++r)
-                    std::memcpy(waiting + r * column_block, c + r * kPanel, kPanel * sizeof(Acc));
-                  continue;
-                }
-              } else {
-                multiply_tile<Acc, kRows, kVectors>(block_depth, a_slab, b_panel, c, false);
-              }
-              const int64_t columns = std::min(kPanel, n - j);
-              for (int64_t r = 0; r < slab_rows; ++r)
-                epilogue(i + r, j, columns, c + r * kPanel);
+              // The tile's place among the sums; a last slab may lack rows, so it goes by copy.
+              Acc* waiting = one_depth_block ? nullptr
+                                             : sums.get() + i * column_block + panel * kPanel;
+              if (!first)
+                for (int64_t r = 0; r < slab_rows; ++r)
+                  std::memcpy(c + r * kPanel, waiting + r * column_block, kPanel * sizeof(Acc));
+              multiply_tile<Acc, kRows, kVectors>(block_depth, a_slab, b_panel, c, !first);
+              if (last)
+                of.finish(i, slab_rows, j, std::min(kPanel, n - j), c, kPanel);
+              else
+                for (int64_t r = 0; r < slab_rows; ++r)
+                  std::memcpy(waiting + r * column_block, c + r * kPanel, kPanel * sizeof(Acc));
             }
           }
         }
@@ -178,20 +186,35 @@ void product(const Matrix<const TA>& a, const Matrix<const TB>& b, const Paralle
              const Epilogue& epilogue) {
   if (a.rows == 0 || b.columns == 0) return;
   constexpr int64_t lanes = Vector<Acc>::lanes;
+  const auto finish = [&](int64_t i, int64_t rows, int64_t j, int64_t columns, const Acc* sums,
+                          int64_t stride) {
+    for (int64_t r = 0; r < rows; ++r) epilogue(i + r, j, columns, sums + r * stride);
+  };
+  const auto run = [&]<int kRows, int kVectors>(Tile<kRows, kVectors>) {
+    const auto pack_rows = [&](int64_t i, int64_t rows, int64_t k, int64_t depth, Acc* packed) {
+      pack_a<kRows>(a, i, rows, k, depth, packed);
+    };
+    const auto pack_panel = [&](int64_t j, int64_t k, int64_t depth, Acc* packed) {
+      pack_b(b, k, depth, j, kVectors * lanes, packed);
+    };
+    tiled_product<Acc, kRows, kVectors>(
+        Operands<Acc>{a.rows, b.columns, a.columns, pack_rows, pack_panel, finish}, parallel);
+  };
   // The tile fills the registers less one row of B and a broadcast of A; of two shapes the one that
   // pads the columns less is taken (hidden 100 is 6.25 vectors of 16: 7 with the wide tile, 8 else).
 #if PYEXT_VECTOR_REGISTERS == 32
-  const int64_t narrow = divide_up(b.columns, 2 * lanes) * 2, wide = divide_up(b.columns, 7 * lanes) * 7;
+  const int64_t narrow = divide_up(b.columns, 2 * lanes) * 2;
+  const int64_t wide = divide_up(b.columns, 7 * lanes) * 7;
   if (b.columns <= lanes)
-    tiled_product<Acc, 14, 1>(a, b, parallel, epilogue);
+    run(Tile<14, 1>{});
   else if (wide < narrow)
-    tiled_product<Acc, 4, 7>(a, b, parallel, epilogue);
+    run(Tile<4, 7>{});
   else
-    tiled_product<Acc, 14, 2>(a, b, parallel, epilogue);
+    run(Tile<14, 2>{});
 #else
   if (b.columns <= lanes)
-    tiled_product<Acc, 8, 1>(a, b, parallel, epilogue);
+    run(Tile<8, 1>{});
   else
-    tiled_product<Acc, 6, 2>(a, b, parallel, epilogue);
+    run(Tile<6, 2>{});
 #endif
 }
