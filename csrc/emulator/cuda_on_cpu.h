@@ -4,8 +4,9 @@
 //
 // Caught here, with the kernel's name, block and thread: a barrier that not all threads of the
 // block reach, a warp operation whose lanes do not arrive or that reads a lane that takes no part,
-// a launch beyond the device's limits, a launch whose error nobody asked for. Shared memory starts
-// as NaN in every block. memory_checks.cpp adds races, unwritten reads and bounds of shared memory.
+// a launch beyond the device's limits, a launch whose error nobody asked for, a misaligned vector
+// access. Shared memory starts as NaN in every block. memory_checks.cpp adds races, unwritten reads
+// and bounds of shared memory.
 //
 // Not modelled: time, memory ordering weaker than the host's, tensor cores, more than one device.
 #pragma once
@@ -300,6 +301,13 @@ inline void Device::thread_main() {
   thread.state = ThreadState::done;
   thread.fiber.yield();
   std::abort();  // nobody resumes a thread that is done
+}
+
+// A GPU refuses a vector access at an address that is no multiple of its size; this CPU does not.
+inline void check_alignment(const void* address, std::size_t bytes) {
+  if (reinterpret_cast<std::uintptr_t>(address) % bytes != 0) {
+    device().fail("a misaligned access of " + std::to_string(bytes) + " bytes");
+  }
 }
 
 inline unsigned char* block_shared_memory() { return shared_memory_state.data; }

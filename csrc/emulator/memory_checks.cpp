@@ -3,8 +3,8 @@
 //
 // The kernels are compiled with -fsanitize=thread, so that the compiler announces every access by a
 // call; this file answers the calls in place of ThreadSanitizer's runtime, which is not linked and
-// would see one thread only. It must itself be compiled without that option. Accesses to other
-// memory are left to AddressSanitizer, in a build of its own.
+// would see one thread only. It must itself be compiled without that option. The bounds
+// of other memory are left to AddressSanitizer, in a build of its own.
 #include "cuda_on_cpu.h"
 
 namespace {
@@ -39,7 +39,7 @@ bool unordered(const Access& earlier, const Access& now) {
 [[noreturn]] void report(const char* what, std::size_t offset) {
   shared_memory_state.in_kernel = false;
   emulator::device().fail_without_unwinding(std::string(what) + " byte " + std::to_string(offset) +
-                          " of the shared memory");
+                                            " of the shared memory");
 }
 
 void check(const void* address, std::size_t size, bool is_write) {
@@ -48,7 +48,6 @@ void check(const void* address, std::size_t size, bool is_write) {
   const std::size_t offset = static_cast<const unsigned char*>(address) - memory.data;
   if (offset >= memory.bytes + emulator::SHARED_MARGIN_BYTES) return;  // other memory
   if (offset + size > memory.bytes) report("an access beyond the end, to", offset);
-  if (offset % size != 0) report("a misaligned access to", offset);
   const Access now{memory.block_serial, memory.thread, memory.block_epoch,
                    memory.warp_epochs[memory.thread / emulator::WARP_LANES]};
   for (std::size_t byte = offset; byte < offset + size; ++byte) {

@@ -43,6 +43,15 @@ __global__ void foreign_lane_kernel(int* out) {
   if (threadIdx.x < 16) out[threadIdx.x] = __shfl_xor_sync(0xffffu, threadIdx.x, 16);
 }
 
+__global__ void misaligned_vector_kernel() {
+  Vector<float, 4> value{};
+  store_vector(shared_memory<float>() + 1, value);
+}
+
+__global__ void misaligned_global_kernel(float* out) {
+  store_vector(out + 1, Vector<float, 4>{});
+}
+
 __global__ void nothing_kernel() {}
 
 __global__ void missing_barrier_kernel(int* out) {
@@ -69,11 +78,6 @@ __global__ void unwritten_read_kernel(int* out) {
 }
 
 __global__ void overrun_kernel() { shared_memory<int>()[threadIdx.x + 1] = 1; }
-
-__global__ void misaligned_vector_kernel() {
-  Vector<float, 4> value{};
-  store_vector(shared_memory<float>() + 1, value);
-}
 
 __global__ void warp_ordered_kernel(int* out) {
   int* shared = shared_memory<int>();
@@ -317,9 +321,9 @@ void test_mse_loss() {
 
 // ---------------------------------------------------------------- products
 
-enum class Layout { rows, columns, strided, unaligned, expanded_rows };
-const Layout LAYOUTS[] = {Layout::rows, Layout::columns, Layout::strided, Layout::unaligned,
-                          Layout::expanded_rows};
+enum class Layout { rows, columns, strided, unaligned, padded, expanded_rows };
+const Layout LAYOUTS[] = {Layout::rows,      Layout::columns, Layout::strided,
+                          Layout::unaligned, Layout::padded,  Layout::expanded_rows};
 
 // A matrix of random numbers in the given layout.
 template <class T>
@@ -342,6 +346,9 @@ struct Operand {
       case Layout::unaligned:
         view = {buffer.data(), columns + 3, 1};
         break;
+      case Layout::padded:  // rows start aligned whatever their length
+        view = {buffer.data(), (columns + 7) / 4 * 4, 1};
+        break;
       case Layout::expanded_rows:
         view = {buffer.data(), 0, 1};
         break;
@@ -353,13 +360,18 @@ struct Operand {
     return to_double(view.data[row * view.row_stride + column * view.column_stride]);
   }
 
-  // The values, so that an update in place can be compared with what was there before.
-  std::vector<double> values() const {
-    std::vector<double> result;
+  // Whether the memory between the elements is as in `before`, a copy from earlier.
+  bool gaps_untouched(Operand& before) {
+    std::vector<bool> is_element(buffer.size());
     for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < columns; ++j) result.push_back(at(i, j));
+      for (int64_t j = 0; j < columns; ++j) {
+        is_element[i * view.row_stride + j * view.column_stride] = true;
+      }
     }
-    return result;
+    for (int64_t i = 0; i < buffer.size(); ++i) {
+      if (!is_element[i] && to_double(buffer[i]) != to_double(before.buffer[i])) return false;
+    }
+    return true;
   }
 
   Buffer<T> buffer;
@@ -691,7 +703,7 @@ void test_two_layer_sgd_step() {
   for (const TwoLayerSize& size : NETWORKS) {
     for (const Layout layout_x : LAYOUTS) {
       for (const Layout layout_w :
-           {Layout::rows, Layout::columns, Layout::strided, Layout::unaligned}) {
+           {Layout::rows, Layout::columns, Layout::strided, Layout::unaligned, Layout::padded}) {
         Network<T> net(size, layout_x);
         Operand<T> w1(size.in, size.hidden, layout_w);
         Operand<T> w2(size.hidden, size.out, layout_w);
@@ -759,12 +771,24 @@ void test_two_layer_sgd_step() {
             expect_close<T>(w2.at(i, j), w2_expected.at(i, j), 1, scale, name + " w2");
           }
         }
+        expect(w1.gaps_untouched(net.w1) && w2.gaps_untouched(net.w2), name + " gaps");
         expect(w1.buffer.surroundings_untouched() && w2.buffer.surroundings_untouched() &&
                    scratch.surroundings_untouched(),
                name + " bounds");
       }
     }
   }
+}
+
+// Infinity times the zeros that pad a tile is nan, which must not reach the loss.
+void test_infinite_loss() {
+  const TwoLayerSize size{1, 1, 1, 3};
+  float x = INFINITY, w1 = 1, w2[] = {1, 1, 1}, y[] = {0, 0, 0};
+  float hidden, difference[3], loss;
+  HostScratch scratch;
+  two_layer_mse_loss_forward<float>(size, {&x, 1, 1}, {y, 3, 1}, {&w1, 1, 1}, {}, {w2, 3, 1}, {},
+                                    Reduction::sum, &hidden, difference, &loss, scratch, nullptr);
+  expect(std::isinf(loss), "an infinite loss is not nan");
 }
 
 // Two runs give the same bits.
@@ -831,6 +855,10 @@ void test_emulator_reports() {
                [] { launch(nothing_kernel, {dim3(1, 65536), dim3(1)}, nullptr); });
   expect_error("invalid argument",
                [] { launch(nothing_kernel, {dim3(1), dim3(1), 48 * 1024 + 1}, nullptr); });
+  const LaunchShape one{dim3(1), dim3(1), 64};
+  alignas(16) float global[8] = {};
+  expect_error("misaligned", [&] { launch(misaligned_vector_kernel, one, nullptr); });
+  expect_error("misaligned", [&] { launch(misaligned_global_kernel, one, nullptr, global); });
   expect_error("never asked for", [] {
     cudaLaunchConfig_t config{};
     cudaLaunchKernelEx(&config, nothing_kernel);
@@ -854,7 +882,6 @@ void test_memory_checks() {
                [&] { launch(unwritten_read_kernel, shape, nullptr, out); });
   expect_error("thread (63, 0, 0): an access beyond the end",
                [&] { launch(overrun_kernel, shape, nullptr); });
-  expect_error("misaligned", [&] { launch(misaligned_vector_kernel, shape, nullptr); });
   launch(warp_ordered_kernel, shape, nullptr, out);
   expect(out[0] == 1 && out[63] == 62, "__syncwarp orders the accesses of a warp");
 }
@@ -888,6 +915,7 @@ int main() try {
   test_floating<float>();
   test_floating<__half>();
   test_floating<__nv_bfloat16>();
+  test_infinite_loss();
   test_determinism();
   test_plans();
   std::printf("%d checks, %d failed\n", checks, failures);

@@ -40,11 +40,13 @@ constexpr int ELEMENTS_PER_16_BYTES = 16 / static_cast<int>(sizeof(T));
 
 template <class T, int Width>
 __device__ __forceinline__ Vector<T, Width> load_vector(const T* source) {
+  check_alignment(source, alignof(Vector<T, Width>));
   return *reinterpret_cast<const Vector<T, Width>*>(source);
 }
 
 template <class T, int Width>
 __device__ __forceinline__ void store_vector(T* destination, const Vector<T, Width>& value) {
+  check_alignment(destination, alignof(Vector<T, Width>));
   *reinterpret_cast<Vector<T, Width>*>(destination) = value;
 }
 

@@ -37,11 +37,16 @@ __device__ __forceinline__ T* shared_memory() {
   extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
   return reinterpret_cast<T*>(dynamic_shared_memory);
 }
+
+// Only the emulator has to check: hardware faults.
+__device__ __forceinline__ void check_alignment(const void*, std::size_t) {}
 #else
 template <class T>
 T* shared_memory() {
   return reinterpret_cast<T*>(emulator::block_shared_memory());
 }
+
+using emulator::check_alignment;
 #endif
 
 struct LaunchShape {
