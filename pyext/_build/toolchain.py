@@ -22,8 +22,8 @@ from pathlib import Path
 EDITABLE = "_PYEXT_EDITABLE"  # set by the build backend: setup.py cannot tell from its arguments
 OLDEST_TORCH = "2.11"
 TORCH_TARGET_VERSION = "0x020b000000000000"  # OLDEST_TORCH, as torch/headeronly/version.h counts
-TESTED_TORCH = "2.15"  # what a bare environment gets
-TESTED_CUDA = "13.2"  # what that PyTorch's Linux wheels are built with
+TESTED_TORCH = f">={OLDEST_TORCH},<2.16"  # a bare environment gets the newest of these
+TESTED_CUDA = "13.2"  # what the newest one's Linux wheels are built with
 TRITON_OF_TORCH = {
     (2, 11): "3.6",
     (2, 12): "3.7",
@@ -34,6 +34,7 @@ TRITON_OF_TORCH = {
 DEFAULT_CUDA_ARCHITECTURES = "8.0 9.0 10.0+PTX"
 # NVIDIA's wheels hold nvcc itself only since CUDA 13; those of CUDA 12 stop at ptxas.
 FIRST_CUDA_WITH_NVCC_WHEELS = 13
+NVCC_PARTS = ("nvidia-nvvm", "nvidia-cuda-crt")
 HAS_TRITON_WHEELS = (
     "platform_system == 'Linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64')"
 )
@@ -110,9 +111,10 @@ def search_paths() -> list[str]:
     return list(dict.fromkeys([*target_paths(), *filter(None, sys.path)]))
 
 
-def is_installed(name: str, paths: Iterable[str]) -> bool:
-    """Whether the distribution `name` is under `paths`."""
-    return any(importlib.metadata.distributions(name=name, path=list(paths)))
+def installed_version(name: str, paths: Iterable[str]) -> str | None:
+    """The version of the distribution `name` under `paths`, or None."""
+    found = importlib.metadata.distributions(name=name, path=list(paths))
+    return next((distribution.version for distribution in found), None)
 
 
 def release(version: str) -> tuple[int, int]:
@@ -256,6 +258,10 @@ def _inspect_toolkit(home: Path, *, packaged: bool, whole: bool) -> CudaToolkit 
     version = nvcc_version(home / "bin" / "nvcc")
     if version is None:
         return f"{home}/bin/nvcc does not run"
+    for part in NVCC_PARTS if packaged else ():
+        found = installed_version(part, [str(home.parents[1])])
+        if found and release(found) != release(version):
+            return f"{part} {found} does not fit nvcc {version}"
     return CudaToolkit(home, version, runtimes[0], packaged)
 
 
@@ -304,22 +310,24 @@ def cuda_architectures(cuda: str) -> str:
     return DEFAULT_CUDA_ARCHITECTURES if release(cuda) >= (12, 8) else "8.0 9.0+PTX"
 
 
-def _compiler_requirements(cuda: str, exact: str | None = None) -> list[str]:
-    """NVIDIA's compiler from the package index; empty where that has none for CUDA `cuda`.
+def _compiler_requirements(torch: Torch | None) -> list[str]:
+    """NVIDIA's compiler from the package index for `torch`; empty where that has none.
 
-    exact: the version of the toolkit's packages that PyTorch itself depends on.
+    torch: None for one that is still to be chosen; its dependencies then say which version fits.
     """
     machine = (platform.system(), platform.machine())
     if machine not in (("Linux", "x86_64"), ("Linux", "aarch64")):
         return []
-    if release(cuda)[0] < FIRST_CUDA_WITH_NVCC_WHEELS:
+    toolkit = "cuda-toolkit[nvcc,cudart,cccl]"
+    if torch is None:
+        return [toolkit]
+    if torch.cuda is None or release(torch.cuda)[0] < FIRST_CUDA_WITH_NVCC_WHEELS:
         return []
     return [
-        f"cuda-toolkit[nvcc,cudart,cccl]=={exact or f'{cuda}.*'}",
+        f"{toolkit}=={torch.required('cuda-toolkit') or f'{torch.cuda}.*'}",
         # Before 13.2 nvcc's package takes any version of its parts, and newer parts fail with it:
         # "ptxas fatal: Unsupported .version 9.5; current version is '9.0'".
-        f"nvidia-nvvm=={cuda}.*",
-        f"nvidia-cuda-crt=={cuda}.*",
+        *(f"{part}=={torch.cuda}.*" for part in NVCC_PARTS),
     ]
 
 
@@ -329,14 +337,14 @@ def build_requirements() -> list[str]:
     torch = find_torch(paths)
     if torch and not torch.is_supported:
         torch = None
-    needed = [name for name in ("ninja", "pybind11") if not is_installed(name, paths)]
+    needed = [name for name in ("ninja", "pybind11") if not installed_version(name, paths)]
     if torch is None:
-        needed.append(f"torch=={TESTED_TORCH}.*")
+        needed.append(f"torch{TESTED_TORCH}")
     if cuda_switch() == "0":
         return needed
     cuda = torch.cuda if torch else TESTED_CUDA
     if cuda and isinstance(find_cuda_toolkit(cuda, paths), str):
-        needed += _compiler_requirements(cuda, torch and torch.required("cuda-toolkit"))
+        needed += _compiler_requirements(torch)
     return needed
 
 
@@ -368,7 +376,7 @@ def editable_dependencies() -> list[str]:
     dependencies.append("numpy<2.4" if triton == "3.6" else "numpy")
     toolkit = plan_cuda(torch, paths)
     if isinstance(toolkit, CudaToolkit) and toolkit.packaged:
-        dependencies += _compiler_requirements(toolkit.version, torch.required("cuda-toolkit"))
+        dependencies += _compiler_requirements(torch)
     return dependencies
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 OLDER_TORCH = "2.11.0"  # the oldest that is supported, for the situations that must keep it
+OLDER_TORCH_CUDA = "13.0"
 CPU_TORCH = "2.13.0+cpu"
 NOT_COPIED = (".git", "build", "dist", "*.so", "*.egg-info", "__pycache__", "results", ".*_cache")
 # What would change the outcome if it leaked in from the caller's shell.
@@ -187,7 +188,7 @@ def cpu_only(environment: Environment) -> str:
 
 
 def uv(environment: Environment) -> str:
-    """(g) uv, with the constraint that keeps the PyTorch that is there"""
+    """(g) uv, with the constraint that keeps the CPU-only PyTorch that is there"""
     environment.pip("install", "uv")
     install = ("pip", "install", "--python", environment.python)
     environment.uv(*install, f"torch=={CPU_TORCH}")
@@ -196,6 +197,21 @@ def uv(environment: Environment) -> str:
     environment.uv(*install, "--build-constraints", constraint, "-e", ".")
     found = environment.probe()
     expect("PyTorch", found["torch"], CPU_TORCH)
+    return describe(found)
+
+
+def uv_existing(environment: Environment) -> str:
+    """(g) uv, likewise with an older CUDA build, whose compiler needs its parts named too"""
+    environment.pip("install", "uv")
+    install = ("pip", "install", "--python", environment.python)
+    environment.uv(*install, f"torch=={OLDER_TORCH}")
+    constraint = environment.folder / "torch.txt"
+    parts = (f"{part}=={OLDER_TORCH_CUDA}.*" for part in ("nvidia-nvvm", "nvidia-cuda-crt"))
+    constraint.write_text("\n".join((f"torch=={OLDER_TORCH}", *parts)) + "\n")
+    environment.uv(*install, "--build-constraints", constraint, "-e", ".")
+    found = environment.probe()
+    expect("PyTorch", found["torch"], OLDER_TORCH)
+    expect_cuda(found)
     return describe(found)
 
 
@@ -247,6 +263,7 @@ SITUATIONS: dict[str, Callable[[Environment], str]] = {
         offline,
         cpu_only,
         uv,
+        uv_existing,
         uv_bare,
         system_packages,
         distributions,
