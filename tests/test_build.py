@@ -43,7 +43,7 @@ def site_packages(tmp_path, monkeypatch):
 
 
 def add_distribution(folder, name, version, requires=()):
-    information = folder / f"{name}-{version}.dist-info"
+    information = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     information.mkdir()
     lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
     lines += [f"Requires-Dist: {requirement}" for requirement in requires]
