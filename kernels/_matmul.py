@@ -127,7 +127,9 @@ def _epilogue(
         offsets = rows[:, None] * N + columns[None, :]
         tl.store(squared + offsets, rounded(acc * acc, T), mask=inside)
     if loss is not None:
-        total = tl.sum(tl.sum(tl.where(inside, acc * acc, 0), 1), 0) / count
+        # Flat: one axis after the other, Triton 3.6 fails to compile it for sm_100.
+        errors = tl.reshape(tl.where(inside, acc * acc, 0), (acc.numel,))
+        total = tl.sum(errors, 0) / count
         tl.store(loss + program, rounded(total, loss.dtype.element_ty))
     pointers = out + rows[:, None] * out_row + columns[None, :] * out_column
     if lr_bits is not None:
@@ -378,7 +380,9 @@ def matmul(
     receives b's sums over K, if M and N are not 0. lr (a Python float): ``out -= lr * result``
     instead of ``out = result``.
     """
-    (m, k), n = a.shape, b.size(1)
+    # int: the tiles depend on the sizes, so torch.compile takes those for constants (tracing the
+    # decisions with symbolic ones did not end within minutes).
+    m, k, n = int(a.size(0)), int(a.size(1)), int(b.size(1))
     if m * n == 0:
         return
     tiling = choose_tiling(m, n, k, a.element_size())

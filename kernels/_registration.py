@@ -7,6 +7,7 @@ imported), a ``triton_op`` fails ``opcheck`` and ``fullgraph``; there it is an o
 
 import functools
 import re
+from unittest import mock
 
 import torch
 import triton
@@ -47,12 +48,17 @@ def raw_op(schema):
                 return launcher(first, *rest, **options)
 
         define = torch.library.custom_op if INTERPRETED else torch.library.triton_op
-        return define(
-            f"{NAMESPACE}::{launcher.__name__}",
-            guarded,
-            mutates_args=re.findall(r"Tensor\(\w+!\) (\w+)", schema),
-            schema=schema,
-        )
+        # PyTorch 2.11's triton_op has the argument schema and ignores it: it infers one instead,
+        # which would have other names for the mutated arguments.
+        with mock.patch.object(
+            torch._library.triton, "infer_schema", lambda *_, **__: schema, create=True
+        ):
+            return define(
+                f"{NAMESPACE}::{launcher.__name__}",
+                guarded,
+                mutates_args=re.findall(r"Tensor\(\w+!\) (\w+)", schema),
+                schema=schema,
+            )
 
     return register
 

@@ -91,9 +91,6 @@ class Op:
     cost: Callable[[str, tuple[int, ...], int], Cost]
     """``(direction, shape, itemsize)``."""
     directions: tuple[str, ...] = ("forward", "backward", "both")
-    check_inputs: Callable[[tuple[Any, ...]], tuple[Any, ...]] = lambda args: args
-    """Benchmark inputs -> the same call with values at which right and wrong differ: a step op's
-    learning rate keeps thousands of timed steps stable, and is too small to be seen in bfloat16."""
     is_step: bool = False
     """Updates its arguments in place and has no derivative."""
     dtypes: tuple[torch.dtype, ...] = FLOATING_DTYPES

@@ -186,7 +186,7 @@ def grad_output(out: torch.Tensor) -> torch.Tensor:
 def reference(
     op: Op, args: tuple, kwargs: Mapping[str, Any] | None = None, backward: bool = True
 ) -> Named:
-    """What ``call`` would return if computed exactly: ``op.eager`` in float64 on the same values."""
+    """What ``call`` would return if computed exactly: ``op.eager`` in float64, same values."""
     return call(op, op.eager, tuple(map(_double, args)), kwargs, backward)
 
 
