@@ -37,6 +37,15 @@ def pytest_report_header() -> list[str]:
     return lines
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """``-m "slow or not slow"`` is the slow tier: exhaustive and large tests run only if named."""
+    unnamed = [each for each in ("exhaustive", "large") if each not in config.option.markexpr]
+    left_out = [item for item in items if any(map(item.get_closest_marker, unnamed))]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

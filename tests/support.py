@@ -28,19 +28,19 @@ def configurations(include_eager: bool = False) -> list:
 
 def samples(
     keep: Callable[[registry.Op, registry.SampleInput], bool] = lambda op, sample: True,
-    slow: Callable[[registry.Op, registry.SampleInput], bool] = lambda op, sample: False,
+    tier: Callable[[registry.Op, registry.SampleInput], str | None] = lambda op, sample: None,
 ) -> list:
     """(op, index of a sample input), named after both.
 
     Args:
         keep: which samples.
-        slow: which of them only the slow tier runs.
+        tier: the marker of those that the plain tier leaves out, ``slow`` or ``exhaustive``.
     """
     found = []
     for op in registry.ops().values():
         for index, sample in enumerate(op.sample_inputs("cpu", torch.float64)):
             if keep(op, sample):
-                marks = [pytest.mark.slow] if slow(op, sample) else []
+                marks = [getattr(pytest.mark, name)] if (name := tier(op, sample)) else []
                 found.append(pytest.param(op, index, id=f"{op.name}-{sample.name}", marks=marks))
     return found
 
@@ -72,3 +72,8 @@ def through(op: registry.Op, backend: str) -> Callable:
 def dtype_id(dtype: torch.dtype) -> str:
     """``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
+
+
+def with_visible_step(op: registry.Op, args: tuple) -> tuple:
+    """Benchmark arguments; a step op's learning rate such that a small bfloat16 weight moves."""
+    return (*args[:-1], 2.0**-6) if op.is_step else args

@@ -10,7 +10,15 @@ import warnings
 
 import pytest
 import torch
-from support import configurations, dtype_id, raw_ops, sample, samples, through
+from support import (
+    configurations,
+    dtype_id,
+    raw_ops,
+    sample,
+    samples,
+    through,
+    with_visible_step,
+)
 
 from pyext import registry
 from pyext.backends import BACKENDS
@@ -19,15 +27,18 @@ from pyext.lab import check
 pytestmark = pytest.mark.filterwarnings("ignore:Using a target size")
 
 
-def first_order_is_slow(op, sample_input) -> bool:
-    """Reductions repeat the same network; the plain tier differentiates the default one."""
-    return sample_input.kwargs.get("reduction", "sum") == "none" and op.name != "mse_loss"
+def first_order_tier(op, sample_input) -> str | None:
+    """Reductions repeat the same network; the plain tier differentiates through two of them."""
+    unreduced = sample_input.kwargs.get("reduction") == "none"
+    return "slow" if unreduced and op.name == "two_layer_mse_loss" else None
 
 
-def second_order_is_slow(op, sample_input) -> bool:
-    """Second derivatives take seconds in Triton's interpreter; one layout stands for the others."""
-    plain = ("small", "no_bias", "5x7", "broadcast_", "vector")
-    return not sample_input.name.startswith(plain) or first_order_is_slow(op, sample_input)
+def second_order_tier(op, sample_input) -> str | None:
+    """Second derivatives take seconds to minutes in Triton's interpreter: few by default."""
+    if sample_input.name.startswith(("small", "no_bias", "5x7", "broadcast_", "vector")):
+        return first_order_tier(op, sample_input)
+    elementwise = len(op.shape_names) == 1
+    return "slow" if elementwise or sample_input.name == "transposed" else "exhaustive"
 
 
 @pytest.mark.parametrize(("backend", "device"), configurations())
@@ -42,7 +53,7 @@ def test_agrees_with_eager_in_float64(op, index, dtype, backend, device):
 @pytest.mark.parametrize(("backend", "device"), configurations())
 @pytest.mark.parametrize(
     ("op", "index"),
-    samples(lambda op, each: not op.is_step and each.gradcheckable, first_order_is_slow),
+    samples(lambda op, each: not op.is_step and each.gradcheckable, first_order_tier),
 )
 def test_gradcheck(op, index, backend, device):
     function, leaves = _differentiable_call(op, index, backend, device)
@@ -52,7 +63,7 @@ def test_gradcheck(op, index, backend, device):
 @pytest.mark.parametrize(("backend", "device"), configurations())
 @pytest.mark.parametrize(
     ("op", "index"),
-    samples(lambda op, each: not op.is_step and each.gradcheckable, second_order_is_slow),
+    samples(lambda op, each: not op.is_step and each.gradcheckable, second_order_tier),
 )
 def test_gradgradcheck(op, index, backend, device):
     function, leaves = _differentiable_call(op, index, backend, device)
@@ -192,9 +203,10 @@ def test_benchmark_inputs_verify(op, dtype, backend, device):
     """What the benchmarks time, at the smallest shape of each."""
     shape = min(op.benchmark_shapes[device]["quick"])
     if BACKENDS[backend].interpreted:
-        shape = tuple(min(n, 512) for n in shape)
+        shape = tuple(min(n, 96) for n in shape)
     generator = torch.Generator(device).manual_seed(0)
-    args = op.benchmark_inputs(shape, dtype, torch.device(device), generator)
+    inputs = op.benchmark_inputs(shape, dtype, torch.device(device), generator)
+    args = with_visible_step(op, inputs)
     result = check.verify(op, through(op, backend), args)
     assert result.ok, result.detail
 
@@ -205,7 +217,8 @@ def test_hand_written_peer_agrees(op, dtype):
     """``by_hand`` returns what autograd leaves behind, for a gradient of ones."""
     shape = min(op.benchmark_shapes["cpu"]["quick"])
     generator = torch.Generator().manual_seed(0)
-    args = op.benchmark_inputs(shape, dtype, torch.device("cpu"), generator)
+    inputs = op.benchmark_inputs(shape, dtype, torch.device("cpu"), generator)
+    args = with_visible_step(op, inputs)
     if op.is_step:
         result = check.verify(op, op.by_hand, args)
         assert result.ok, result.detail

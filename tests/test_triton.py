@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from support import configurations, dtype_id, raw_ops, through
+from support import configurations, dtype_id, raw_ops, through, with_visible_step
 
 from pyext import registry
 from pyext.backends import BACKENDS
@@ -86,7 +86,8 @@ def small_tiles(monkeypatch):
 def test_many_tiles_and_split_sums(op, dtype, device, small_tiles):
     generator = torch.Generator(device).manual_seed(0)
     shape = SHAPES[len(op.shape_names)]
-    args = op.benchmark_inputs(shape, dtype, torch.device(device), generator)
+    inputs = op.benchmark_inputs(shape, dtype, torch.device(device), generator)
+    args = with_visible_step(op, inputs)
     result = verify(op, through(op, "triton"), args)
     assert result, result.detail
 
