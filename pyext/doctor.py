@@ -92,9 +92,11 @@ def describe_gpu() -> str:
 def introspection() -> ModuleType | None:
     """pyext._introspect, or None where it was not built."""
     try:
-        return importlib.import_module("pyext._introspect")
+        module = importlib.import_module("pyext._introspect")
     except ImportError:
         return None
+    # Beside an editable install, a copy of the package is handed the original's compiled modules.
+    return module if Path(module.__file__).parent == Path(__file__).parent else None
 
 
 def describe_extension() -> str:
