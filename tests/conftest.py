@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 
 import pytest
 import torch
@@ -22,6 +23,10 @@ if importlib.util.find_spec("triton") and (
 
     triton.knobs.runtime.interpret = True
     del os.environ["TRITON_INTERPRET"]
+
+
+# Started in the background of a shell, this process ignores Ctrl-C, and so would those it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> list[str]:

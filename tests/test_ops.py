@@ -28,9 +28,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using a target size")
 
 
 def first_order_tier(op, sample_input) -> str | None:
-    """Reductions repeat the same network; the plain tier differentiates through two of them."""
-    unreduced = sample_input.kwargs.get("reduction") == "none"
-    return "slow" if unreduced and op.name == "two_layer_mse_loss" else None
+    """Hundreds of elements are thousands of evaluations, 20 s in Triton's interpreter; and the
+    reductions repeat the same network."""
+    unreduced = sample_input.kwargs.get("reduction") == "none" and op.name != "mse_loss"
+    return "slow" if unreduced or sample_input.name.startswith(("33x65", "odd")) else None
 
 
 def second_order_tier(op, sample_input) -> str | None:
