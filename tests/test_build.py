@@ -91,9 +91,14 @@ CUDA_13_0_COMPILER = {
 }
 
 
+# `==`, which pip takes up first: otherwise the compiler's newest version may come first and fit no
+# PyTorch with CUDA, and pip falls back to a CPU-only one.
+TORCH = "torch>=2.11,<2.16,==2.*"
+
+
 def test_a_bare_environment_gets_the_tested_versions(site_packages):
     assert set(toolchain.build_requirements()) == {
-        "torch>=2.11,<2.16",
+        TORCH,
         "ninja",
         "pybind11",
         "cuda-toolkit[nvcc,cudart,cccl]",  # the version comes from PyTorch, whichever is taken
@@ -115,7 +120,7 @@ def test_nothing_is_asked_for_where_everything_is_there(site_packages):
 
 def test_an_older_pytorch_than_the_oldest_supported_counts_as_none(site_packages):
     add_torch(site_packages, "2.10.0+cu128", "2.10.0", "12.8")
-    assert "torch>=2.11,<2.16" in toolchain.build_requirements()
+    assert TORCH in toolchain.build_requirements()
 
 
 @pytest.mark.parametrize("switch", ["auto", "0"])
@@ -127,7 +132,7 @@ def test_a_cpu_only_pytorch_needs_no_cuda_compiler(site_packages, monkeypatch, s
 
 def test_the_switch_leaves_the_cuda_compiler_out(site_packages, monkeypatch):
     monkeypatch.setenv("PYEXT_CUDA", "0")
-    assert set(toolchain.build_requirements()) == {"torch>=2.11,<2.16", "ninja", "pybind11"}
+    assert set(toolchain.build_requirements()) == {TORCH, "ninja", "pybind11"}
     add_torch(site_packages, **CUDA_TORCH)
     found = toolchain.find_torch([str(site_packages)])
     assert toolchain.plan_cuda(found, [str(site_packages)]) == "PYEXT_CUDA=0"
@@ -140,7 +145,7 @@ def test_there_are_no_compiler_wheels_for_cuda_12(site_packages):
 
 def test_there_are_no_compiler_wheels_outside_linux(site_packages, monkeypatch):
     monkeypatch.setattr(toolchain.platform, "system", lambda: "Darwin")
-    assert set(toolchain.build_requirements()) == {"torch>=2.11,<2.16", "ninja", "pybind11"}
+    assert set(toolchain.build_requirements()) == {TORCH, "ninja", "pybind11"}
 
 
 def test_an_editable_install_pins_a_cpu_only_pytorch_and_its_triton(site_packages):

@@ -22,7 +22,10 @@ from pathlib import Path
 EDITABLE = "_PYEXT_EDITABLE"  # set by the build backend: setup.py cannot tell from its arguments
 OLDEST_TORCH = "2.11"
 TORCH_TARGET_VERSION = "0x020b000000000000"  # OLDEST_TORCH, as torch/headeronly/version.h counts
-TESTED_TORCH = f">={OLDEST_TORCH},<2.16"  # a bare environment gets the newest of these
+# A bare environment gets the newest of these. pip hands a backend's requirements to its resolver in no
+# fixed order, and takes up those with `==` first. Without one, the compiler's turn may come first: its
+# newest version fits no PyTorch, so pip falls back to one that needs no CUDA, an old or a CPU-only one.
+TESTED_TORCH = f">={OLDEST_TORCH},<2.16,==2.*"
 TESTED_CUDA = "13.2"  # what the newest one's Linux wheels are built with
 TRITON_OF_TORCH = {
     (2, 11): "3.6",
