@@ -96,8 +96,9 @@ class Op:
     dtypes: tuple[torch.dtype, ...] = FLOATING_DTYPES
     """Floating dtypes; others that a forward accepts are among ``sample_inputs``."""
     by_hand: Callable[..., Any] | None = None
-    """The ``eager-inplace`` peer: the same work written by hand without autograd. Same arguments;
-    returns the loss or output and the gradients that autograd would have left."""
+    """The ``eager-inplace`` peer: the same work written by hand without autograd. The same
+    arguments, then the gradient of an output that is not a 0-d loss; returns the loss or output and
+    the gradients that autograd would have left."""
 
 
 @functools.cache

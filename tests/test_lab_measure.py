@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gc
 import json
 import resource
@@ -170,6 +171,20 @@ class TestFloor:
     def test_ceilings_survive_json(self):
         there = json.loads(json.dumps(ceilings().to_json()))
         assert roofline.Ceilings.from_json(there) == ceilings()
+
+    def test_the_better_of_two_measurements_counts(self):
+        first = ceilings()
+        slower = roofline.Ceiling(1e8, "B/s", "a busy machine")
+        faster = roofline.Ceiling(2e10, "FLOP/s", "an idle one")
+        quicker = {"host": roofline.Ceiling(5e-7, "s", "an idle one")}
+        second = dataclasses.replace(
+            first, copy=slower, fma=first.fma | {"float32": faster}, launch=quicker
+        )
+        for both in (first.with_better(second), second.with_better(first)):
+            assert both.copy == first.copy
+            assert both.fma == second.fma
+            assert both.matrix == first.matrix
+            assert both.launch == quicker
 
     def test_this_machine_has_ceilings(self):
         *steps, (last, measured) = roofline.measure_ceilings(CPU, [torch.float32], ["host"])

@@ -216,7 +216,7 @@ def test_benchmark_inputs_verify(op, dtype, backend, device):
 @pytest.mark.parametrize("dtype", registry.FLOATING_DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("op", registry.ops().values(), ids=lambda op: op.name)
 def test_hand_written_peer_agrees(op, dtype):
-    """``by_hand`` returns what autograd leaves behind, for a gradient of ones."""
+    """``by_hand`` returns what autograd leaves behind."""
     shape = min(op.benchmark_shapes["cpu"]["quick"])
     generator = torch.Generator().manual_seed(0)
     inputs = op.benchmark_inputs(shape, dtype, torch.device("cpu"), generator)
@@ -228,8 +228,9 @@ def test_hand_written_peer_agrees(op, dtype):
     double = [each.detach().double().requires_grad_(each.requires_grad) for each in args]
     out = op.eager(*double)
     leaves = [each for each in double if each.requires_grad]
-    expected = [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
-    actual = op.by_hand(*(each.detach() for each in args))
+    grad = () if out.dim() == 0 else (check.grad_output(out),)
+    expected = [out.detach(), *torch.autograd.grad(out, leaves, *grad)]
+    actual = op.by_hand(*(each.detach() for each in args), *(each.to(dtype) for each in grad))
     names = [str(i) for i in range(len(expected))]
     result = check.compare(
         dict(zip(names, actual, strict=True)),

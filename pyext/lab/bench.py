@@ -1,7 +1,8 @@
 """The lab's main job: every op, every backend and peer, checked and timed on this machine.
 
 ``benchmarks/run.py`` is its command line. The order is: ceilings, the ops with all variants
-interleaved, Triton in its interpreter, each peer alone, and the MNIST training.
+interleaved, Triton in its interpreter, each peer alone, the ceilings once more, and the MNIST
+training.
 """
 
 from __future__ import annotations
@@ -155,6 +156,7 @@ class Benchmark:
                 yield "triton in its interpreter", self._check_interpreted
             if settings.alone and self._soloists():
                 yield "peers alone", self._time_alone
+            yield "ceilings once more", self._measure_ceilings
         if MNIST in settings.suites:
             yield "mnist", self._train_mnist
 
@@ -173,11 +175,13 @@ class Benchmark:
         dtypes = [getattr(torch, name) for name in settings.dtypes]
         steps = 2 + 2 * len(dtypes)
         measured = roofline.measure_ceilings(settings.device, dtypes, clocks)
-        for step, (what, ceilings) in enumerate(measured):
+        ceilings = None
+        for step, (what, ceilings) in enumerate(measured):  # noqa: B007 -- the last one counts
             progress(what, step / steps)
-            self._ceilings = ceilings
+        # The machine may have been slower then, and a ceiling is the best that it can do.
+        self._ceilings = ceilings.with_better(self._ceilings) if self._ceilings else ceilings
         self.results.data["ceilings"] = self._ceilings.to_json()
-        self.results.save()
+        self._write_rows(*self._timed)
 
     def _time_ops(self, progress: Progress) -> None:
         every = list(self._cases())
@@ -284,7 +288,7 @@ class Benchmark:
         self, case: Case, outcome: Outcome, eager: Outcome | None, clock: str | None
     ) -> dict[str, Any]:
         row = new_row(case, outcome.name, outcome.kind, clock, outcome.status)
-        row |= {"rel_err": outcome.rel_err, "reason": outcome.reason, "note": outcome.note}
+        row |= {"rel_err": outcome.rel_err, "reason": outcome.reason}
         row["verified"] = outcome.status in ("ok", "interpreted")
         if clock is None:
             return row

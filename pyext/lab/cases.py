@@ -123,29 +123,22 @@ class Inputs:
                 )
         self.before: check.Named = {}
         """What a step updates, as it is before; known once its reference is."""
-        self._references: dict[tuple[str, bool], check.Named] = {}
+        self._references: dict[str, check.Named] = {}
         self.terms = op.reduction_length(*self.args)
         """The length of the longest sum, from which tolerances follow."""
 
-    def reference(self, direction: str, ones: bool = False) -> check.Named:
-        """What ``direction`` yields by ``eager`` in float64, named as a call's results are.
-
-        Args:
-            direction: of the case.
-            ones: the gradient of the output is ones instead of ``self.grad``.
-        """
-        if (direction, ones) not in self._references:
+    def reference(self, direction: str) -> check.Named:
+        """What ``direction`` yields by ``eager`` in float64, named as a call's results are."""
+        if direction not in self._references:
             args = tuple(_double(each) for each in self.args)
             grad = None if self.grad is None else self.grad.double()
-            if ones and grad is not None:
-                grad = torch.ones_like(grad)
             if self.op.is_step:
                 call = StepCall(self.op.eager, args)
                 self.before = call.before
             else:
                 call = AutogradCall(self.op.eager, args, grad, direction, max_batch=1)
-            self._references[direction, ones] = _cloned(call.results())
-        return self._references[direction, ones]
+            self._references[direction] = _cloned(call.results())
+        return self._references[direction]
 
 
 def _cloned(results: check.Named) -> check.Named:
@@ -281,7 +274,6 @@ class Variant:
     results: Callable[[], check.Named]
     """One call through the timed entry point."""
     reference: Callable[[], check.Named]
-    note: str | None = None
 
     def verify(self, inputs: Inputs) -> check.CheckResult:
         """One call, compared with ``eager`` in float64 under the op's derived tolerance."""
@@ -294,7 +286,6 @@ def torch_variant(
     function: Callable[..., Any],
     inputs: Inputs,
     case: Case,
-    note: str | None = None,
 ) -> Variant:
     """A variant that is a function on PyTorch tensors, differentiated by autograd."""
     if inputs.op.is_step:
@@ -309,9 +300,7 @@ def torch_variant(
         call.max_batch,
         call.capturable,
     )
-    return Variant(
-        name, kind, subject, call.results, lambda: inputs.reference(case.direction), note
-    )
+    return Variant(name, kind, subject, call.results, lambda: inputs.reference(case.direction))
 
 
 def backend_variant(name: str, inputs: Inputs, case: Case) -> Variant:

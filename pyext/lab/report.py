@@ -180,7 +180,7 @@ def _cells(row: Row, several_clocks: bool) -> list[RenderableType]:
 def _remark(row: Row) -> str:
     if row["status"] in _FAILED:
         return f"{_FAILED[row['status']]}: {row['reason']}"
-    remarks = [row["note"]] if row["note"] else []
+    remarks = []
     if row["verdict"] == "no difference":
         remarks.append("no difference")
     if row["above_ceiling"]:

@@ -49,7 +49,6 @@ COLUMNS = (
     "unit",
     "tf32",
     "reason",
-    "note",
 )
 """Every row has these fields, in this order; ``docs/results.md`` says which may be null."""
 

@@ -85,6 +85,23 @@ class Ceilings:
         """The ``ceilings`` object of a result file."""
         return asdict(self)
 
+    def with_better(self, other: Ceilings) -> Ceilings:
+        """The higher of both rates each, and the lower of both launches."""
+
+        def higher(name: str) -> dict[str, Ceiling]:
+            mine, others = getattr(self, name), getattr(other, name)
+            return {key: max(mine[key], others[key], key=_value) for key in mine}
+
+        return Ceilings(
+            copy=max(self.copy, other.copy, key=_value),
+            fma=higher("fma"),
+            matrix=higher("matrix"),
+            launch={
+                clock: min(each, other.launch[clock], key=_value)
+                for clock, each in self.launch.items()
+            },
+        )
+
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Ceilings:
         """The inverse of :meth:`to_json`."""
@@ -95,6 +112,10 @@ class Ceilings:
                 for name in ("fma", "matrix", "launch")
             },
         )
+
+
+def _value(ceiling: Ceiling) -> float:
+    return ceiling.value
 
 
 def floor(cost: Cost, dtype: str, clock: str, ceilings: Ceilings) -> float:
@@ -156,7 +177,7 @@ def _best(candidates: dict[str, float], unit: str) -> Ceiling:
 
 
 def _fastest(call: Callable[[], Any], device: torch.device, seconds: float = 0.25) -> float:
-    """The least time of a call in seconds: a ceiling is what was reached once."""
+    """The least time of a call in seconds, in ``seconds`` or one call: what was reached once."""
     if device.type == "cuda":
         return _fastest_on_device(call, device, seconds)
     best, end = float("inf"), time.perf_counter() + seconds
@@ -205,20 +226,27 @@ def _recycled(device: torch.device):
 
 
 def _matrix(device: torch.device, dtype: torch.dtype) -> Ceiling:
-    """The library's best square product."""
+    """The best square product: the library's, and our two-layer network's pair of them."""
+    products: dict[str, tuple[int, Callable[[torch.Tensor, torch.Tensor], Any]]] = {
+        "torch.mm": (1, torch.mm)
+    }
+    for name in backends(device):
+        if name == "eager" or BACKENDS[name].unavailable(device, "two_layer"):
+            continue
+        raw = BACKENDS[name].raw
+        products[f"two_layer_forward ({name})"] = (
+            2,
+            lambda a, b, raw=raw: raw.two_layer_forward(a, b, b, None, None),
+        )
     rates = {}
-    for n in _MATRIX_SIZES[device.type]:
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        start = time.perf_counter()
-        torch.mm(a, b, out=out)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        first = time.perf_counter() - start
-        seconds = _fastest(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, 0.15)
-        rates[f"torch.mm {n}x{n}x{n}"] = 2 * n**3 / min(first, seconds)
-        if seconds > _MATRIX_PATIENCE_S[device.type]:
-            break
+    for what, (count, product) in products.items():
+        for n in _MATRIX_SIZES[device.type]:
+            a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+            with _recycled(device):
+                seconds = _fastest(lambda a=a, b=b, of=product: of(a, b), device, 0.15)
+            rates[f"{what} {n}x{n}x{n}"] = count * 2 * n**3 / seconds
+            if seconds > _MATRIX_PATIENCE_S[device.type]:
+                break
     return _best(rates, "FLOP/s")
 
 

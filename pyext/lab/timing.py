@@ -26,7 +26,6 @@ class Outcome:
     status: str = "ok"
     reason: str | None = None
     rel_err: float | None = None
-    note: str | None = None
     times: dict[str, Samples | str] = field(default_factory=dict)
     """Clock -> samples, or why that clock cannot time the variant. Empty unless ``ok``."""
 
@@ -88,7 +87,7 @@ def _memory(case: Case) -> contextlib.AbstractContextManager:
 
 
 def _verified(variant: Variant, inputs: Inputs) -> Outcome:
-    outcome = Outcome(variant.name, variant.kind, note=variant.note)
+    outcome = Outcome(variant.name, variant.kind)
     try:
         result = variant.verify(inputs)
     except Exception as error:  # noqa: BLE001 -- a variant that raises is one failed row
