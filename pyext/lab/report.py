@@ -209,11 +209,7 @@ def _glance(rows: list[Row], data: dict[str, Any]) -> Table:
     for title in ("eager", *names):
         # Two short lines rather than one long one: at 80 columns all variants have their place.
         table.add_column(title.replace("-", "-\n"), justify="right", no_wrap=True)
-    checked = {
-        (row["op"], row["direction"], row["dtype"])
-        for row in rows
-        if row["status"] == "interpreted"
-    }
+    checked = _checked(rows)
     last = None
     for (op, direction, _, dtype, outputs, clock), group in _by_case(rows).items():
         eager = next((row for row in group if row["variant"] == "eager"), None)
@@ -229,10 +225,18 @@ def _glance(rows: list[Row], data: dict[str, Any]) -> Table:
         cells = []
         for name in names:
             row = by_name.get(name) or _without_clock(rows, eager, name)
-            interpreted = name == "triton" and (op, direction, dtype) in checked
-            cells.append(_glance_cell(row, interpreted))
+            cells.append(_glance_cell(row, (name, op, direction, dtype) in checked))
         table.add_row(*case, seconds(eager["median_s"]), *cells)
     return table
+
+
+def _checked(rows: list[Row]) -> set[tuple[str, str, str, str]]:
+    """(variant, op, direction, dtype) of what was checked in an interpreter, on a small shape."""
+    return {
+        (row["variant"], row["op"], row["direction"], row["dtype"])
+        for row in rows
+        if row["status"] == "interpreted"
+    }
 
 
 def _without_clock(rows: list[Row], like: Row, name: str) -> Row | None:
@@ -370,16 +374,19 @@ def markdown(data: dict[str, Any], directions: Sequence[str] | None = None) -> s
     rows = [row for row in data["rows"] if row["suite"] != "mnist"]
     rows = [row for row in rows if directions is None or row["direction"] in directions]
     timed = [row for row in rows if row["status"] == "ok"]
-    names = variants_of(timed)
+    checked = _checked(rows)
+    names = variants_of([row for row in rows if row["status"] in ("ok", "interpreted")])
     several_clocks = len({row["clock"] for row in timed}) > 1
     head = ["op", "direction", "shape", "dtype", *(["clock"] if several_clocks else []), *names]
     lines = [_line(head), _line(["---"] * len(head))]
     for (op, direction, _, dtype, outputs, clock), group in _by_case(timed).items():
         by_name = {row["variant"]: row for row in group}
-        if outputs != "allocated":
-            direction += f" ({outputs})"
-        cells = [_markdown_cell(by_name.get(name)) for name in names]
-        case = [f"`{op}`", direction, _shape(group[0]), dtype]
+        cells = [
+            _markdown_cell(by_name.get(name), (name, op, direction, dtype) in checked)
+            for name in names
+        ]
+        outputs = "" if outputs == "allocated" else f" ({outputs})"
+        case = [f"`{op}`", f"{direction}{outputs}", _shape(group[0]), dtype]
         lines.append(_line([*case, *([clock] if several_clocks else []), *cells]))
     lines = [*lines, ""] if timed else []
     lines += [*_markdown_mnist(data), _provenance(data)]
@@ -390,9 +397,9 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _markdown_cell(row: Row | None) -> str:
+def _markdown_cell(row: Row | None, checked: bool) -> str:
     if row is None:
-        return "–"
+        return "checked" if checked else "–"
     floor = "" if row["kind"] == "peer" else f", {row['pct_of_floor']:.0f} % of floor"
     if row["verdict"] == "baseline":
         return f"{seconds(row['median_s'])}{floor}"
@@ -404,7 +411,8 @@ def _markdown_cell(row: Row | None) -> str:
 
 
 def _markdown_mnist(data: dict[str, Any]) -> Iterator[str]:
-    rows = [row for row in data["rows"] if row["suite"] == "mnist" and row["status"] == "ok"]
+    shown = ("ok", "interpreted")
+    rows = [row for row in data["rows"] if row["suite"] == "mnist" and row["status"] in shown]
     if not rows:
         return
     yield f"Training on {data['mnist']['data']}:"
@@ -413,6 +421,8 @@ def _markdown_mnist(data: dict[str, Any]) -> Iterator[str]:
     yield _line(["---"] * 5)
     for row in rows:
         cells = [str(cell) for cell in _mnist_cells(row, data["mnist"])]
+        if row["status"] != "ok":
+            cells[5] = ""
         ratio = f"{cells[4]} ({cells[5]})" if cells[5] else cells[4]
         yield _line([f"`{cells[0]}`", cells[1], cells[2], ratio, cells[6]])
     yield ""
@@ -435,4 +445,5 @@ def _provenance(data: dict[str, Any]) -> str:
         f"({environment['threads']} threads), PyTorch {environment['versions']['torch']}{source}, "
         f"by `{environment['command']}`. Medians; ratios say how many times faster than eager, "
         "with 95 % intervals; 100 % of floor is as fast as the measured ceilings allow."
+        + (" Checked: in Triton's interpreter, not timed." if _checked(data["rows"]) else "")
     )
