@@ -58,7 +58,7 @@ PROFILES = {
         limit_s=225.0,
     ),
     "full": Profile(
-        dtypes={"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")},
+        dtypes={"cpu": ("float32",), "cuda": ("float32", "bfloat16", "float16")},
         peers=PEERS,
         effort=FULL,
         alone=dataclasses.replace(FULL, measure_s=0.3),
