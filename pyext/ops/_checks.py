@@ -25,25 +25,27 @@ def tensor(op: str, name: str, value: object) -> None:
 def same_device(op: str, **tensors: torch.Tensor) -> torch.device:
     """The tensors' common device; ``RuntimeError`` if they are on different ones."""
     (first, reference), *others = tensors.items()
+    device = reference.device
     for name, value in others:
-        if value.device != reference.device:
+        if value.device != device:
             raise RuntimeError(
                 f"{op}(): expected all tensors to be on the same device, but {first!r} is on "
-                f"{reference.device} and {name!r} is on {value.device}"
+                f"{device} and {name!r} is on {value.device}"
             )
-    return reference.device
+    return device
 
 
 def same_floating_dtype(op: str, **tensors: torch.Tensor) -> None:
     """``RuntimeError`` if dtypes differ, ``NotImplementedError`` if theirs is not floating."""
     (first, reference), *others = tensors.items()
+    dtype = reference.dtype
     for name, value in others:
-        if value.dtype != reference.dtype:
+        if value.dtype != dtype:
             raise RuntimeError(
                 f"{op}(): expected all tensors to have the same dtype, but {first!r} is "
-                f"{reference.dtype} and {name!r} is {value.dtype}"
+                f"{dtype} and {name!r} is {value.dtype}"
             )
-    floating_dtype(op, first, reference.dtype)
+    floating_dtype(op, first, dtype)
 
 
 def floating_dtype(op: str, name: str, dtype: torch.dtype) -> None:
@@ -57,7 +59,7 @@ def floating_dtype(op: str, name: str, dtype: torch.dtype) -> None:
 
 def shape(op: str, name: str, value: torch.Tensor, expected: tuple[int, ...], because: str) -> None:
     """``RuntimeError`` unless ``value`` has the expected shape; ``because`` says why it must."""
-    if tuple(value.shape) != expected:
+    if value.shape != expected:
         raise RuntimeError(
             f"{op}(): argument {name!r} must have shape {expected} {because}, "
             f"but has {tuple(value.shape)}"
@@ -75,7 +77,8 @@ def broadcastable(op: str, **tensors: torch.Tensor) -> None:
 
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for tensors on ``device``."""
-    return device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
+    kind = device.type
+    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 
 def reduction(value: object) -> int:
@@ -97,10 +100,9 @@ def learning_rate(op: str, lr: object) -> float:
 
 def no_transforms(op: str, *tensors: torch.Tensor) -> None:
     """``RuntimeError`` under ``torch.func`` and forward AD: a step op has no derivative."""
-    if torch._C._are_functorch_transforms_active() or any(
-        torch.autograd.forward_ad.unpack_dual(each).tangent is not None
-        for each in tensors
-        if torch.autograd.forward_ad._current_level >= 0
+    if torch._C._are_functorch_transforms_active() or (
+        torch.autograd.forward_ad._current_level >= 0
+        and any(torch.autograd.forward_ad.unpack_dual(each).tangent is not None for each in tensors)
     ):
         raise RuntimeError(
             f"{op}() is a step op: it updates its arguments in place and has no derivative, so it "
@@ -127,24 +129,31 @@ def updatable_in_place(op: str, updated: dict[str, torch.Tensor], **read: torch.
     if torch.compiler.is_compiling():  # a tensor that is being traced has no address
         return
     everything = {**updated, **read}
+    ranges = {name: _address_range(value) for name, value in everything.items()}
     for name, value in updated.items():
         if value.is_inference() and not torch.is_inference_mode_enabled():
             raise RuntimeError(
                 f"{op}(): inplace update to inference tensor {name!r} outside InferenceMode is not "
                 "allowed; clone it first"
             )
+        begin, end = ranges[name]
         for other_name, other in everything.items():
-            if other is not value and _share_memory(value, other):
+            if other_name == name:
+                continue
+            if other is value:
+                raise RuntimeError(f"{op}(): the written-to tensor {name!r} was passed twice")
+            other_begin, other_end = ranges[other_name]
+            if begin < other_end and other_begin < end:
                 raise RuntimeError(
                     f"{op}(): the written-to tensor {name!r} shares memory with {other_name!r}; "
                     "clone() one of them first"
                 )
-        if sum(each is value for each in everything.values()) > 1:
-            raise RuntimeError(f"{op}(): the written-to tensor {name!r} was passed twice")
 
 
 def _overlaps_itself(matrix: torch.Tensor) -> bool:
     """Whether two indices share an address: the longer stride is within the shorter's run."""
+    if matrix.is_contiguous():
+        return False
     (rows, columns), (row_stride, column_stride) = matrix.shape, matrix.stride()
     if rows <= 1 or columns <= 1:
         return (rows > 1 and row_stride == 0) or (columns > 1 and column_stride == 0)
@@ -153,18 +162,14 @@ def _overlaps_itself(matrix: torch.Tensor) -> bool:
     return row_stride == 0 or column_stride < row_stride * (rows - 1) + 1
 
 
-def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether the address ranges that two tensors span intersect."""
-    if not a.numel() or not b.numel() or a.device != b.device or a.device.type == "meta":
-        return False
-    a_begin, a_end = _address_range(a)
-    b_begin, b_end = _address_range(b)
-    return a_begin < b_end and b_begin < a_end
-
-
 def _address_range(value: torch.Tensor) -> tuple[int, int]:
+    """The addresses that a tensor spans, on one device; empty where it has no elements or data."""
+    if not value.numel() or value.is_meta:
+        return 0, 0
+    begin = value.data_ptr()
+    if value.is_contiguous():
+        return begin, begin + value.nbytes
     last = sum(
         stride * (size - 1) for stride, size in zip(value.stride(), value.shape, strict=True)
     )
-    begin = value.data_ptr()
     return begin, begin + (last + 1) * value.element_size()

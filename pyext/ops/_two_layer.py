@@ -43,41 +43,52 @@ def prepare(op: str, x, w1, w2, b1=None, b2=None, y=None) -> tuple:
     Raises:
         TypeError, RuntimeError, NotImplementedError: as the ops document.
     """
-    operands = {"x": x, "y": y, "w1": w1, "w2": w2, "b1": b1, "b2": b2}
-    required = {"x", "w1", "w2"} | ({"y"} if y is not None else set())
-    given = {k: v for k, v in operands.items() if v is not None or k in required}
-    for name, value in given.items():
-        _checks.tensor(op, name, value)
-    device = _checks.same_device(op, **given)
+    given = check(op, x, w1, w2, b1, b2, y)
+    device = x.device
     if _checks.autocasts(device) and all(value.is_floating_point() for value in given.values()):
         dtype = torch.get_autocast_dtype(device.type)
         given = {k: v if v.dtype == torch.float64 else v.to(dtype) for k, v in given.items()}
     _checks.same_floating_dtype(op, **given)
+    if x.dim() != 2:
+        rows = x.shape[:-1].numel()
+        given["x"] = given["x"].reshape(rows, w1.shape[0])
+        if y is not None:
+            given["y"] = given["y"].reshape(rows, w2.shape[1])
+    return tuple(given.get(name) for name in ("x", "w1", "w2", "b1", "b2", "y"))
+
+
+def check(op: str, x, w1, w2, b1=None, b2=None, y=None) -> dict[str, torch.Tensor]:
+    """Checks that the operands are tensors, on one device and of fitting shapes; dtypes are not.
+
+    Returns:
+        Those that are not None, by name.
+    """
+    given = {"x": x, "w1": w1, "w2": w2}
+    for name, value in (("b1", b1), ("b2", b2), ("y", y)):
+        if value is not None:
+            given[name] = value
+    for name, value in given.items():
+        _checks.tensor(op, name, value)
+    _checks.same_device(op, **given)
     if x.dim() == 0:
         raise RuntimeError(f"{op}(): argument 'x' must have at least one dimension, but is 0-d")
-    for name in ("w1", "w2"):
-        if given[name].dim() != 2:
+    for name, value in (("w1", w1), ("w2", w2)):
+        if value.dim() != 2:
             raise RuntimeError(
-                f"{op}(): argument {name!r} must be a matrix, but has shape "
-                f"{tuple(given[name].shape)}"
+                f"{op}(): argument {name!r} must be a matrix, but has shape {tuple(value.shape)}"
             )
     n_in, n_hidden = w1.shape
     n_out = w2.shape[1]
-    _checks.shape(op, "x", x, (*x.shape[:-1], n_in), "to be multiplied with 'w1'")
+    leading = x.shape[:-1]
+    _checks.shape(op, "x", x, (*leading, n_in), "to be multiplied with 'w1'")
     _checks.shape(op, "w2", w2, (n_hidden, n_out), "to follow 'w1'")
     if b1 is not None:
         _checks.shape(op, "b1", b1, (n_hidden,), "to be added to x @ w1")
     if b2 is not None:
         _checks.shape(op, "b2", b2, (n_out,), "to be added to hidden @ w2")
     if y is not None:
-        _checks.shape(op, "y", y, (*x.shape[:-1], n_out), "to be compared with the output")
-        given["y"] = given["y"].reshape(-1, n_out) if n_out else given["y"].reshape(_rows(x), 0)
-    given["x"] = given["x"].reshape(_rows(x), n_in)
-    return tuple(given.get(name) for name in ("x", "w1", "w2", "b1", "b2", "y"))
-
-
-def _rows(x: torch.Tensor) -> int:
-    return x.shape[:-1].numel()
+        _checks.shape(op, "y", y, (*leading, n_out), "to be compared with the output")
+    return given
 
 
 def mask(value: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor | None:

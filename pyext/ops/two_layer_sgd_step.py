@@ -56,25 +56,23 @@ def two_layer_sgd_step(
     """
     op = "two_layer_sgd_step"
     lr = _checks.learning_rate(op, lr)
-    for name, value in {"x": x, "y": y, "w1": w1, "w2": w2}.items():
-        _checks.tensor(op, name, value)
+    if isinstance(x, torch.Tensor) and x.dim() != 2:  # y has x's leading dimensions, so it, too
+        raise RuntimeError(f"{op}(): argument 'x' must be a matrix, but has shape {tuple(x.shape)}")
+    operands = _two_layer.check(op, x, w1, w2, y=y)
     _checks.no_transforms(op, x, y, w1, w2)
-    for name, value in {"x": x, "y": y}.items():
-        if value.dim() != 2:
-            shape = tuple(value.shape)
-            raise RuntimeError(f"{op}(): argument {name!r} must be a matrix, but has shape {shape}")
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        _two_layer.prepare(op, x, w1, w2, y=y)
-        _checks.updatable_in_place(op, {"w1": w1, "w2": w2}, x=x, y=y)
-        chosen = select(backend, x.device, op)
-        if chosen.namespace is None:
+    _checks.same_floating_dtype(op, **operands)
+    _checks.updatable_in_place(op, {"w1": w1, "w2": w2}, x=x, y=y)
+    chosen = select(backend, x.device, op)
+    if chosen.namespace is None:
+        with torch.autocast(x.device.type, enabled=False):
             return eager(x, y, w1, w2, lr)
+    with torch.no_grad():
         loss = chosen.raw.two_layer_sgd_step(x, y, w1, w2, lr)
-        # The stable ABI does not count what it mutates, and a stale saved tensor must be an error.
-        # (torch.compile functionalizes the op and counts by itself.)
-        if not torch.compiler.is_compiling():
-            torch.autograd.graph.increment_version((w1, w2))
-        return loss
+    # The stable ABI does not count what it mutates, and a stale saved tensor must be an error.
+    # (torch.compile functionalizes the op and counts by itself.)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version((w1, w2))
+    return loss
 
 
 def eager(x, y, w1, w2, lr) -> torch.Tensor:
