@@ -42,6 +42,8 @@ class Profile:
     peers: tuple[str, ...]
     effort: Effort
     alone: Effort
+    alone_directions: tuple[str, ...]
+    """The directions in which the baseline and the peers are also timed alone."""
     preallocated: tuple[str, ...]
     """The directions that are also timed with preallocated outputs, on a CPU."""
     limit_s: float | None
@@ -54,6 +56,7 @@ PROFILES = {
         peers=("eager-inplace", "compile", "graph", "jax"),
         effort=QUICK,
         alone=dataclasses.replace(QUICK, measure_s=0.06),
+        alone_directions=("both", "step"),
         preallocated=("both",),
         limit_s=225.0,
     ),
@@ -62,6 +65,7 @@ PROFILES = {
         peers=PEERS,
         effort=FULL,
         alone=dataclasses.replace(FULL, measure_s=0.3),
+        alone_directions=("forward", "backward", "both", "step"),
         preallocated=("forward", "backward", "both"),
         limit_s=None,
     ),
@@ -233,13 +237,15 @@ class Benchmark:
 
     def _time_alone(self, progress: Progress) -> None:
         settings, soloists = self.settings, self._soloists()
+        directions = PROFILES[settings.profile].alone_directions
         for index, name in enumerate(soloists):
             done_before = index / len(soloists)
             progress(name, done_before)
             right = [
                 case
                 for case, outcomes in self._timed.items()
-                if any(each.name == name and each.status == "ok" for each in outcomes)
+                if case.direction in directions
+                and any(each.name == name and each.status == "ok" for each in outcomes)
             ]
             limit = None
             if settings.limit_s is not None:
