@@ -1,4 +1,7 @@
-"""``python -m pyext.lab report DIR``: a result file's plots and Markdown table, once more."""
+"""``python -m pyext.lab``: what is done to the ops as a whole.
+
+``report DIR`` shows a result file once more; ``mutants`` plants bugs and shows what catches them.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pyext.lab import report, results
+from pyext.lab.mutants import command as mutants
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="NAMES",
         help="only these in the Markdown, such as both,step (default: all)",
     )
+    planted = commands.add_parser(
+        "mutants", help="plants bugs, one at a time, and shows which test catches each"
+    )
+    mutants.add_arguments(planted)
     options = parser.parse_args(arguments)
+    if options.command == "mutants":
+        return mutants.main(planted, options)
     try:
         data = results.load(options.folder)
     except (OSError, ValueError) as error:

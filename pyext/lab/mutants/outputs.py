@@ -1,0 +1,96 @@
+"""Hashes of a backend's outputs: ``python -m pyext.lab.mutants.outputs BACKEND FILE``.
+
+Two libraries whose hashes agree do the same bit by bit, on every raw op's sample inputs in every
+dtype and on larger random ones. That is how an automatic mutant which changes nothing is told from
+one that no test has noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyext import registry
+from pyext.backends import BACKENDS
+from pyext.lab import check
+
+CPU = torch.device("cpu")
+# Several tiles, blocks and threads: odd numbers around them.
+LARGE = {
+    1: ((70_003,), (200_003,)),
+    4: ((203, 700, 301, 37), (64, 1000, 100, 10), (3, 5, 2100, 3), (700, 33, 20, 130)),
+}
+LARGE_INTERPRETED = {1: ((70_003,), (200_003,)), 4: ((70, 300, 65, 37),)}
+
+
+def main(backend: str, file: str) -> int:
+    """Writes case -> hash as JSON; a case that raises has its exception instead."""
+    found = {}
+    for name, compute in cases(backend):
+        try:
+            found[name] = _digest(compute())
+        except Exception as error:  # noqa: BLE001 -- that it raises is what it does
+            found[name] = f"{type(error).__name__}: {error}"
+        Path(file).write_text(json.dumps(found))
+    return 0
+
+
+def cases(backend: str) -> Iterator[tuple[str, Any]]:
+    """(name, function without arguments) for everything that is compared."""
+    for op in registry.ops().values():
+        for raw_op in op.raw_ops:
+            call = getattr(BACKENDS[backend].raw, raw_op.name)
+            for dtype in registry.FLOATING_DTYPES:
+                for number, args in enumerate(raw_op.samples(CPU, dtype)):
+                    yield (
+                        f"{raw_op.name} {dtype} {number}",
+                        lambda args=args, call=call: (
+                            call(*args),
+                            args,
+                        ),
+                    )
+        emulating = BACKENDS[backend].interpreted
+        for shape in (LARGE_INTERPRETED if emulating else LARGE)[len(op.shape_names)]:
+            for dtype in op.dtypes:
+                yield (
+                    f"{op.name} {dtype} {shape}",
+                    lambda op=op, shape=shape, dtype=dtype: _large(op, shape, dtype, backend),
+                )
+
+
+def _large(op: registry.Op, shape: tuple[int, ...], dtype: torch.dtype, backend: str):
+    args = op.benchmark_inputs(shape, dtype, CPU, torch.Generator().manual_seed(0))
+
+    def function(*args, **kwargs):
+        return op.function(*args, **kwargs, backend=backend)
+
+    return check.call(op, function, args)
+
+
+def _digest(value: Any) -> str:
+    digest = hashlib.sha256()
+
+    def add(each: Any) -> None:
+        if isinstance(each, torch.Tensor):
+            digest.update(f"{each.dtype} {tuple(each.shape)} {each.stride()}".encode())
+            digest.update(each.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(each, dict):
+            add(tuple(each.items()))
+        elif isinstance(each, (tuple, list)):
+            for item in each:
+                add(item)
+        else:
+            digest.update(repr(each).encode())
+
+    add(value)
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
