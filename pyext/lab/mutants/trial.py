@@ -178,21 +178,26 @@ def _try(
             raise NoEvidence(f"{mutant.path} is no part of the library that was built")
         if built.sha256 == original[mutant.way]:
             return Row(mutant, "equivalent", "the same machine code")
-    first = first_of(mutant)
-    run, evidence = _run_mutant(scratch, mutant, checks.narrow(first), first)
-    if not run.caught and not mutant.by_hand and not changes_output(scratch, mutant, outputs):
-        return Row(mutant, "equivalent", "no output changes", evidence=evidence)
-    if not run.caught:
-        run, evidence = _run_mutant(scratch, mutant, checks.complete, first)
-    if run.caught:
-        return Row(mutant, "caught", run.test or "the import", run.message, evidence=evidence)
-    return Row(mutant, "survived", evidence=evidence)
+    if not mutant.by_hand:  # one in two is caught at once, one in four changes nothing
+        run, evidence = _run_mutant(scratch, mutant, checks.narrow(first_of(mutant)))
+        if run.caught:
+            return _caught(mutant, run, evidence)
+        if not changes_output(scratch, mutant, outputs):
+            return Row(mutant, "equivalent", "no output changes", evidence=evidence)
+    run, evidence = _run_mutant(scratch, mutant, checks.complete)
+    return (
+        _caught(mutant, run, evidence) if run.caught else Row(mutant, "survived", evidence=evidence)
+    )
+
+
+def _caught(mutant: Mutant, run: Run, evidence: dict[str, str]) -> Row:
+    return Row(mutant, "caught", run.test or "the import", run.message, evidence=evidence)
 
 
 def _run_mutant(
-    scratch: Scratch, mutant: Mutant, arguments: list[str], first: str
+    scratch: Scratch, mutant: Mutant, arguments: list[str]
 ) -> tuple[Run, dict[str, str]]:
-    run = run_tests(scratch, arguments, first)
+    run = run_tests(scratch, arguments, first_of(mutant))
     return run, check_evidence(scratch, run, CHECKS[mutant.way].libraries, mutant)
 
 
