@@ -12,6 +12,7 @@ import fnmatch
 import itertools
 import json
 import queue
+import signal
 import sys
 import tempfile
 import threading
@@ -189,6 +190,7 @@ class Session:
             TextColumn("{task.fields[what]}", style="dim"),
         )
         interrupted = False
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # nor may that leave children
         try:
             with Progress(*columns, console=Console(stderr=True), refresh_per_second=2) as progress:
                 self._phases(progress)
