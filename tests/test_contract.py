@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support import configurations, dtype_id, through
+from support import configurations, dtype_id
 
 import pyext.functional as P
 from pyext import registry
 from pyext.backends import BACKENDS
-from pyext.lab import check
 from pyext.ops.relu import INTEGER_DTYPES
 
 CONFIGURATIONS = configurations()
@@ -179,76 +178,3 @@ def test_sgd_step_refuses_transforms_and_forward_ad(backend, device):
         torch.func.vmap(step)(w1.expand(2, 4, 3).clone())
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="is a step op"):
         step(torch.autograd.forward_ad.make_dual(w1, torch.ones_like(w1)))
-
-
-def small_samples(op: registry.Op, device: str):
-    """A few differentiable samples with matching shapes in float64."""
-    names = ("5x7", "5x7_mean", "small", "small_sum", "no_bias", "no_bias_mean")
-    for each in op.sample_inputs(torch.device(device), torch.float64, requires_grad=True):
-        if each.name in names:
-            yield each
-
-
-DIFFERENTIABLE = [op for op in registry.ops().values() if not op.is_step]
-
-
-@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
-@pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
-def test_forward_ad_and_torch_func_agree_with_eager(op, backend, device):
-    for each in small_samples(op, device):
-        primals = tuple(arg.detach() for arg in each.args if torch.is_tensor(arg))
-        rest = each.args[len(primals) :]
-        tangents = tuple(torch.randn_like(arg) for arg in primals)
-
-        def call(function, *given, rest=rest, kwargs=each.kwargs):
-            return function(*given, *rest, **kwargs)
-
-        results = []
-        for function in (through(op, backend), op.eager):
-
-            def f(*given, function=function):
-                return call(function, *given)
-
-            def loss(*given, f=f):
-                return f(*given).square().sum()
-
-            out, vjp = torch.func.vjp(f, *primals)
-            batch = tuple(torch.stack([arg, arg + 0.5, -arg]) for arg in primals)
-            every = tuple(range(len(primals)))
-            results.append(
-                [
-                    out,
-                    *vjp(torch.ones_like(out)),
-                    *torch.func.jvp(f, primals, tangents),
-                    *torch.func.grad(loss, argnums=every)(*primals),
-                    torch.func.vmap(f)(*batch),
-                    *torch.func.vmap(torch.func.grad(loss, argnums=every))(*batch),
-                    torch.func.hessian(loss)(*primals),
-                ]
-            )
-        for ours, theirs in zip(*results, strict=True):
-            torch.testing.assert_close(ours, theirs)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
-@pytest.mark.parametrize("op", registry.ops().values(), ids=lambda op: op.name)
-def test_compiles_without_graph_breaks(op, backend, device):
-    torch.compiler.reset()
-    compiled = torch.compile(through(op, backend), fullgraph=True, dynamic=True)
-    for each in list(op.sample_inputs(torch.device(device), torch.float32, not op.is_step))[:2]:
-        result = check.verify(op, compiled, each.args, each.kwargs)
-        assert result.ok, result.detail
-
-
-@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
-def test_autocast_casts_as_pytorch_does_for_the_namesake(dtype, backend, device):
-    x, y, w1, w2 = (torch.randn(s, device=device) for s in ((5, 4), (5, 2), (4, 3), (3, 2)))
-    with torch.autocast(device, dtype):
-        assert P.two_layer(x, w1, w2, backend=backend).dtype == dtype
-        assert P.relu(x, backend=backend).dtype == torch.float32
-        assert P.mse_loss(x.to(dtype), x.to(dtype), backend=backend).dtype == torch.float32
-        loss = P.two_layer_mse_loss(x, y, w1.requires_grad_(), w2, backend=backend)
-    loss.backward()
-    assert w1.grad.dtype == torch.float32

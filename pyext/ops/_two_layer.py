@@ -97,7 +97,8 @@ def mask(value: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor | Non
 
 
 def tangents(x, w1, w2, hidden, tangent_x, tangent_w1, tangent_w2, tangent_b1, tangent_b2):
-    """The tangents of out and hidden (None where nothing varies)."""
+    """The tangents of out (None where nothing varies) and of hidden (zeros: PyTorch takes no None
+    for one of several outputs)."""
     pre_activation = add(matmul(tangent_x, w1), matmul(x, tangent_w1))
     if tangent_b1 is not None:
         pre_activation = add(pre_activation, tangent_b1.expand_as(hidden))
@@ -105,7 +106,7 @@ def tangents(x, w1, w2, hidden, tangent_x, tangent_w1, tangent_w2, tangent_b1, t
     tangent_out = add(matmul(tangent_hidden, w2), matmul(hidden, tangent_w2))
     if tangent_b2 is not None:
         tangent_out = add(tangent_out, tangent_b2.expand(x.shape[0], -1))
-    return tangent_out, tangent_hidden
+    return tangent_out, torch.zeros_like(hidden) if tangent_hidden is None else tangent_hidden
 
 
 @differentiable

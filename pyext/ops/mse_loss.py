@@ -27,7 +27,7 @@ def mse_loss(
         input: any shape and strides.
         target: a shape that broadcasts with ``input``'s; another shape than ``input``'s warns.
             The dtypes may differ, integers included, as long as they promote to float64, float32,
-            bfloat16 or float16. Under autocast both are taken in float32.
+            bfloat16 or float16. Under autocast the half precisions are taken in float32.
         reduction: ``"none"`` (a tensor of the broadcast shape), ``"mean"`` or ``"sum"`` (0-d).
         backend: ``None``, ``"eager"``, ``"extension"`` or ``"triton"``.
 
@@ -49,7 +49,7 @@ def mse_loss(
     number = _checks.reduction(reduction)
     device = _checks.same_device("mse_loss", input=input, target=target)
     dtype = torch.promote_types(input.dtype, target.dtype)
-    if _checks.autocasts(device):
+    if _checks.autocasts(device) and dtype in (torch.bfloat16, torch.float16):
         dtype = torch.float32
     _checks.floating_dtype("mse_loss", "input", dtype)
     if input.shape != target.shape:

@@ -19,6 +19,7 @@ def relu(x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     """``max(x, 0)`` for each element, as :func:`torch.nn.functional.relu`.
 
     NaN stays NaN, ``-0.0`` stays ``-0.0``; the derivative is 1 above 0 and 0 at 0 and below.
+    Autocast changes nothing.
 
     Args:
         x: any shape and strides; float64, float32, bfloat16, float16 or uint8, int8 … int64.

@@ -34,7 +34,10 @@ def two_layer_mse_loss(
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
         backend: ``None``, ``"eager"``, ``"extension"`` or ``"triton"``.
 
-    Dtypes and autocast as for :func:`pyext.functional.two_layer`.
+    Dtypes as for :func:`pyext.functional.two_layer`. Under autocast the network runs in autocast's
+    dtype and the loss in float32 (all in float64 where all is float64): it is then the two ops one
+    after the other, since a sum of squares in float16 overflows beyond 65504, and so does a scaled
+    gradient.
 
     Returns:
         The loss: 0-d, or (..., out) for ``"none"``. Gradients flow to all tensors, ``y`` included.
@@ -46,7 +49,12 @@ def two_layer_mse_loss(
     number = _checks.reduction(reduction)
     _checks.tensor("two_layer_mse_loss", "y", y)
     shape = y.shape
-    x, w1, w2, b1, b2, y = _two_layer.prepare("two_layer_mse_loss", x, w1, w2, b1, b2, y)
+    given = x, w1, w2, b1, b2
+    prepared = _two_layer.prepare("two_layer_mse_loss", *given, y)
+    if prepared[0].dtype != torch.float64 and _checks.autocasts(y.device):
+        prediction = _network.two_layer(*given, backend=backend)
+        return mse_loss.mse_loss(prediction, y, reduction, backend=backend)
+    x, w1, w2, b1, b2, y = prepared
     chosen = select(backend, x.device, "two_layer_mse_loss")
     if chosen.namespace is None:
         loss = eager(x, y, w1, w2, b1, b2, reduction)
