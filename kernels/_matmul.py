@@ -187,14 +187,15 @@ def _matmul_kernel(
     inner = part * steps * BLOCK_K + tl.arange(0, BLOCK_K)
 
     # VECTOR divides these, and so written the compiler sees it. Triton by itself looks for a factor
-    # of 16 only, and would read rows of 100 floats one by one.
+    # of 16 only, and would read rows of 100 floats one by one. A step over BLOCK_K of them may need
+    # more than 32 bits where a stride does not.
     stride_a = stride_a // VECTOR * VECTOR
     stride_b = stride_b // VECTOR * VECTOR
     if A_TRANSPOSED:
         a_pointers = a + (rows[:, None] + inner[None, :] * stride_a)
         a_inside = rows[:, None] < M // VECTOR * VECTOR
         a_end = K
-        a_step = BLOCK_K * stride_a
+        a_step = BLOCK_K * tl.cast(stride_a, tl.int64)
     else:
         a_pointers = a + (rows[:, None] * stride_a + inner[None, :])
         a_inside = rows[:, None] < M
@@ -209,7 +210,7 @@ def _matmul_kernel(
         b_pointers = b + (inner[:, None] * stride_b + columns[None, :])
         b_inside = columns[None, :] < N // VECTOR * VECTOR
         b_end = K
-        b_step = BLOCK_K * stride_b
+        b_step = BLOCK_K * tl.cast(stride_b, tl.int64)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     if column_sums is not None:

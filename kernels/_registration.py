@@ -7,6 +7,7 @@ imported), a ``triton_op`` fails ``opcheck`` and ``fullgraph``; there it is an o
 
 import functools
 import re
+import threading
 from unittest import mock
 
 import torch
@@ -16,6 +17,8 @@ NAMESPACE = "pyext_triton"
 INTERPRETED = triton.knobs.runtime.interpret
 
 if INTERPRETED:
+    # The interpreter keeps its state (the program's index, the patched language) in globals.
+    _one_thread = threading.RLock()
 
     def loop_bound(value):
         """A kernel's runtime number of steps, for ``range``: a Python int. Triton 3.6's interpreter
@@ -47,6 +50,11 @@ def raw_op(schema):
             with torch.cuda.device_of(first):
                 return launcher(first, *rest, **options)
 
+        @functools.wraps(launcher)
+        def interpreted(*arguments, **options):
+            with _one_thread:
+                return guarded(*arguments, **options)
+
         define = torch.library.custom_op if INTERPRETED else torch.library.triton_op
         # PyTorch 2.11's triton_op has the argument schema and ignores it: it infers one instead,
         # which would have other names for the mutated arguments.
@@ -55,7 +63,7 @@ def raw_op(schema):
         ):
             return define(
                 f"{NAMESPACE}::{launcher.__name__}",
-                guarded,
+                interpreted if INTERPRETED else guarded,
                 mutates_args=re.findall(r"Tensor\(\w+!\) (\w+)", schema),
                 schema=schema,
             )
