@@ -73,6 +73,8 @@ CHECKS = {
         (
             "tests/test_ops.py",
             "tests/test_contract.py",
+            "tests/test_autograd.py",
+            "tests/test_autocast.py",
             "tests/test_nn.py",
             "tests/test_backends.py",
         ),
