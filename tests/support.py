@@ -72,8 +72,3 @@ def through(op: registry.Op, backend: str) -> Callable:
 def dtype_id(dtype: torch.dtype) -> str:
     """``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
-
-
-def with_visible_step(op: registry.Op, args: tuple) -> tuple:
-    """Benchmark arguments; a step op's learning rate such that a small bfloat16 weight moves."""
-    return (*args[:-1], 2.0**-6) if op.is_step else args

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
-from support import configurations, dtype_id, raw_ops, through, with_visible_step
+from support import configurations, dtype_id, raw_ops, through
 
 from pyext import registry
 from pyext.backends import BACKENDS
-from pyext.lab.check import verify
+from pyext.lab.check import verify, with_visible_step
 
 pytest.importorskip("triton", reason="Triton is not installed")
 

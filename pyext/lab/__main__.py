@@ -1,18 +1,20 @@
 """``python -m pyext.lab``: what is done to the ops as a whole.
 
-``report DIR`` shows a result file once more; ``mutants`` plants bugs and shows what catches them.
+``report DIR`` shows a result file once more; ``mutants`` plants bugs and shows what catches them;
+``gpu-suite`` does on an NVIDIA GPU all that needs one.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from pyext.lab import report, results
+from pyext.lab import gpu_suite, report, results
 from pyext.lab.mutants import command as mutants
 
 
@@ -37,13 +39,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "mutants", help="plants bugs, one at a time, and shows which test catches each"
     )
     mutants.add_arguments(planted)
+    gpu = commands.add_parser(
+        "gpu-suite", help="builds, tests, sanitizes and benchmarks on an NVIDIA GPU"
+    )
+    gpu_suite.add_arguments(gpu)
     options = parser.parse_args(arguments)
     if options.command == "mutants":
         return mutants.main(planted, options)
+    if options.command == "gpu-suite":
+        return gpu_suite.main(options, gpu.error)
+    return _report(options, show.error)
+
+
+def _report(options: argparse.Namespace, fail: Callable[[str], Any]) -> int:
     try:
         data = results.load(options.folder)
     except (OSError, ValueError) as error:
-        parser.error(f"{options.folder} holds no result file of this version: {error}")
+        fail(f"{options.folder} holds no result file of this version: {error}")
     report.write_plots(data, options.folder)
     results.write_csv(data["rows"], options.folder / "results.csv")
     if options.terminal:

@@ -207,11 +207,21 @@ def verify(
     if expected is None:
         expected = reference(op, args, kwargs, backward)
     actual = call(op, function, args, kwargs, backward)
-    before = None
-    if op.is_step:
-        before = {f"arg_{i}": each for i, each in enumerate(args) if torch.is_tensor(each)}
-        before = {name: each for name, each in before.items() if name in _mutated(op)}
-    return compare(actual, expected, op.reduction_length(*args, **(kwargs or {})), before)
+    terms = op.reduction_length(*args, **(kwargs or {}))
+    return compare(actual, expected, terms, before_step(op, args))
+
+
+def before_step(op: Op, args: tuple) -> Named | None:
+    """What a step op will update, named as ``call`` names it; None for any other op."""
+    if not op.is_step:
+        return None
+    named = {f"arg_{i}": each for i, each in enumerate(args) if torch.is_tensor(each)}
+    return {name: each for name, each in named.items() if name in _mutated(op)}
+
+
+def with_visible_step(op: Op, args: tuple) -> tuple:
+    """Benchmark arguments; a step op's learning rate such that a small bfloat16 weight moves."""
+    return (*args[:-1], 2.0**-6) if op.is_step else args
 
 
 def _mutated(op: Op) -> set[str]:

@@ -172,7 +172,7 @@ class Results:
         text = json.dumps(_finite(self.data), indent=1, allow_nan=False)
         # Arrays of numbers on one line each: a curve has thousands.
         text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
-        _replace(self.folder / "results.json", text + "\n")
+        replace_file(self.folder / "results.json", text + "\n")
         write_csv(self.rows, self.folder / "results.csv")
 
 
@@ -205,7 +205,7 @@ def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
     os.replace(temporary, path)
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     """Writes ``path`` so that it is always either the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w") as file:
