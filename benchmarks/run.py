@@ -42,12 +42,14 @@ from pyext.lab.bench import (  # noqa: E402
     MNIST,
     PROFILES,
     Benchmark,
+    Profile,
     Settings,
     availability,
     default_backends,
 )
 from pyext.lab.measure import Effort  # noqa: E402
 from pyext.lab.peers import PEERS  # noqa: E402
+from pyext.lab.timing import QUICK  # noqa: E402
 
 OK, FAILED, WRONG_USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -158,6 +160,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", type=_names, metavar="NAMES", help=f"of {', '.join(DTYPES)}")
     add("--shape", type=_names, metavar="SHAPES", help="such as 4096 or 64x1000x100x10")
     add("--profile", choices=tuple(PROFILES), default="quick", help="default: quick")
+    add(
+        "--minutes",
+        type=_minutes,
+        metavar="N",
+        help="leave out what does not fit into that time (default: quick about 4, full no limit)",
+    )
     add("--out", type=Path, metavar="DIR", help="where results.json, the CSV and the plots go")
     add("--seed", type=int, default=0, metavar="N", help="of data, order and bootstrap; default: 0")
     add("--threads", type=_positive, metavar="N", help="PyTorch's CPU threads; default: PyTorch's")
@@ -174,6 +182,18 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
     return number
+
+
+def _minutes(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be more than 0, not {text}")
+    return number
+
+
+def _effort(profile: Profile, minutes: float | None) -> Effort:
+    """With a limit of time, many cases measured quickly rather than few measured long."""
+    return profile.effort if minutes is None else QUICK
 
 
 def _device(name: str) -> torch.device:
@@ -219,9 +239,9 @@ def _settings(
         shapes=_shapes(parser, options, suites, device),
         profile=options.profile,
         seed=options.seed,
-        effort=effort or profile.effort,
+        effort=effort or _effort(profile, options.minutes),
         alone=(effort or profile.alone) if alone else None,
-        limit_s=profile.limit_s,
+        limit_s=profile.limit_s if options.minutes is None else 60 * options.minutes,
     )
 
 

@@ -31,6 +31,7 @@ COMPILED = ("compile", "compile-max")
 _MNIST_S, _REPORT_S = 70.0, 10.0
 # Triton's interpreter runs a thousand times slower: enough elements for several blocks and a tail.
 _INTERPRETED_ELEMENTS, _INTERPRETED_EXTENT = 3000, 40
+_OUT_OF_TIME = "the time was used up; --profile full without --minutes leaves nothing out"
 
 
 @dataclass(frozen=True)
@@ -193,11 +194,26 @@ class Benchmark:
         for done, case in enumerate(every):
             if (case.op, case.shape, case.dtype) != key:
                 key, inputs = (case.op, case.shape, case.dtype), None  # frees the last one's first
+                if self._time_left() < self._after_ops_s():
+                    self._leave_out(every[done:])
+                    return
                 inputs = Inputs(registry.get(case.op), case, self.settings.seed)
                 compile_in_time = self._time_left() > self._reserve(len(every) - done)
             progress(case.label, done / len(every))
             self._time(case, inputs, peers, compile_in_time)
             self._write_rows(case)
+
+    def _leave_out(self, left: Sequence[Case]) -> None:
+        """Rows for the cases that there is no time for."""
+        for case in left:
+            names, prevented = self._variants(case, compile_in_time=False)
+            skipped = [
+                Outcome(name, "peer" if name in PEERS else "backend", "skipped", _OUT_OF_TIME)
+                for name in names
+            ]
+            self._timed[case] = skipped + prevented
+        self._write_rows(*left)
+        self._note_short_of_time(f"{len(left)} cases of ops were not timed")
 
     def _time(self, case: Case, inputs: Inputs, peers: Peers, compile_in_time: bool) -> None:
         names, prevented = self._variants(case, compile_in_time)
@@ -319,10 +335,11 @@ class Benchmark:
         settings = self.settings
         recycles = settings.device.type == "cpu" and measure.can_recycle_memory()
         preallocated = PROFILES[settings.profile].preallocated if recycles else ()
-        for op in settings.ops:
-            yield from cases(
-                op, settings.device, settings.dtypes, settings.shapes[op.name], preallocated
-            )
+        # One dtype of every op before the next: what is interrupted has seen every op.
+        for dtype in settings.dtypes:
+            for op in settings.ops:
+                shapes = settings.shapes[op.name]
+                yield from cases(op, settings.device, [dtype], shapes, preallocated)
 
     def _variants(self, case: Case, compile_in_time: bool) -> tuple[list[str], list[Outcome]]:
         """The names to try on a case, and the outcomes of those that cannot be."""
@@ -336,8 +353,7 @@ class Benchmark:
                 names.append(name)
         for name in self.settings.peers:
             if name in COMPILED and not compile_in_time:
-                reason = "the quick profile's time was used up; --profile full times it"
-                prevented.append(Outcome(name, "peer", "skipped", reason))
+                prevented.append(Outcome(name, "peer", "skipped", _OUT_OF_TIME))
             else:
                 names.append(name)
         return names, prevented
@@ -359,7 +375,8 @@ class Benchmark:
     def _reserve(self, cases_left: int) -> float:
         """Seconds to keep for what must still happen if the next op is to be compiled."""
         names = 2 + len(self.settings.peers)
-        each = names * (2 * self.settings.effort.measure_s)
+        clocks = len(measure.CLOCKS[self.settings.device.type])
+        each = names * clocks * (2 * self.settings.effort.measure_s)
         return self._compile_s + cases_left * each + self._after_ops_s() + 8.0 * names
 
     def _after_ops_s(self) -> float:
@@ -367,7 +384,7 @@ class Benchmark:
 
     def _note_short_of_time(self, what: str) -> None:
         self.results.data["notes"].append(
-            f"The quick profile's time was used up: {what}; --profile full leaves nothing out."
+            f"The time was used up: {what}; --profile full without --minutes leaves nothing out."
         )
 
 

@@ -326,7 +326,7 @@ class Suite:
         self, name: str, tier: str, more: Sequence[str], variables: Mapping[str, str | None]
     ) -> Step:
         report = self.folder / "logs" / f"test-{environment.slug(name)}.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", tier, f"--junitxml={report}", *more]
+        command = [sys.executable, "-m", "pytest", "-m", tier, f"--junitxml={report}", *more]
         # That test is the step `Triton interpreted`.
         command += ["--deselect", "tests/test_triton.py::test_interpreted_on_a_machine_with_a_gpu"]
         threads = _usable_cpus()
@@ -561,9 +561,9 @@ def _judge_pytest(step: Step, report: Path) -> None:
     )
     passed = tests - failures - errors - skipped
     counts = f"{passed} passed, {failures + errors} failed, {skipped} skipped"
-    collected = re.search(r"\[(\d+) items\]|collected (\d+) items", step.text())
+    collected = re.search(r"(\d+) (?:items\]|selected|items\n)", step.text())
     if step.status == "cut":
-        of = f" of {collected[1] or collected[2]}" if collected else ""
+        of = f" of {collected[1]}" if collected else ""
         step.detail = f"{step.detail}, {tests}{of} tests in: {counts}"
     elif step.exit_code in (0, 1):
         step.detail = counts

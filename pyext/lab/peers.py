@@ -57,8 +57,9 @@ class Peers:
         import torch._dynamo
         import torch._inductor.config as inductor
 
-        # Compiling in worker processes would leave them competing with what is being timed.
-        inductor.compile_threads = 1
+        # Worker processes that compile compete on a CPU with what is being timed there.
+        if torch.device(case.device).type == "cpu":
+            inductor.compile_threads = 1
         key = (case.op, case.shape, case.dtype, case.device)
         if key != self._key:
             self._key = key
@@ -164,8 +165,15 @@ class _captured_call:
     def __init__(self, inputs: Inputs, case: Case):
         self._inputs, self._direction = inputs, case.direction
         self._step = StepCall(inputs.op.eager, inputs.args) if inputs.op.is_step else None
+        # Leaves of its own over the same memory: a graph that is kept pins a leaf's gradient to the
+        # stream that it was recorded on, for every other variant too.
+        self._args = tuple(
+            each.detach().requires_grad_(each.requires_grad) if torch.is_tensor(each) else each
+            for each in inputs.args
+        )
+        self._leaves = [a for a in self._args if torch.is_tensor(a) and a.requires_grad]
         if case.direction == "backward":
-            self._out = inputs.op.eager(*inputs.args)
+            self._out = inputs.op.eager(*self._args)
 
     def prepare(self, calls: int) -> None:
         if self._step:
@@ -174,13 +182,13 @@ class _captured_call:
     def __call__(self) -> list[torch.Tensor]:
         if self._step:
             return [self._step.call(), *self._step.mutated]
-        leaves, grad = self._inputs.leaves, self._inputs.grad
+        grad = self._inputs.grad
         if self._direction == "backward":
-            return list(torch.autograd.grad(self._out, leaves, grad, retain_graph=True))
-        out = self._inputs.op.eager(*self._inputs.args)
+            return list(torch.autograd.grad(self._out, self._leaves, grad, retain_graph=True))
+        out = self._inputs.op.eager(*self._args)
         if self._direction == "forward":
             return [out.detach()]
-        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+        return [out.detach(), *torch.autograd.grad(out, self._leaves, grad)]
 
 
 # --- JAX -----------------------------------------------------------------------------------------

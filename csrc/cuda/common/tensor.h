@@ -38,7 +38,7 @@ class OnDeviceOf {
 #if defined(__CUDACC__)
   explicit OnDeviceOf(const Tensor& tensor) : guard_(tensor.get_device_index()) {
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
   }
