@@ -9,6 +9,7 @@ import torch
 
 from pyext import registry
 from pyext.backends import BACKENDS
+from pyext.lab.check import with_visible_step  # noqa: F401 -- the tests take it from here
 
 DEVICES = ("cpu", "cuda")
 

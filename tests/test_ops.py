@@ -17,6 +17,7 @@ from support import (
     sample,
     samples,
     through,
+    with_visible_step,
 )
 
 from pyext import registry
@@ -219,7 +220,7 @@ def test_benchmark_inputs_verify(op, dtype, backend, device):
         shape = tuple(min(n, 96) for n in shape)
     generator = torch.Generator(device).manual_seed(0)
     inputs = op.benchmark_inputs(shape, dtype, torch.device(device), generator)
-    args = check.with_visible_step(op, inputs)
+    args = with_visible_step(op, inputs)
     result = check.verify(op, through(op, backend), args)
     assert result.ok, result.detail
 
@@ -231,7 +232,7 @@ def test_hand_written_peer_agrees(op, dtype):
     shape = min(op.benchmark_shapes["cpu"]["quick"])
     generator = torch.Generator().manual_seed(0)
     inputs = op.benchmark_inputs(shape, dtype, torch.device("cpu"), generator)
-    args = check.with_visible_step(op, inputs)
+    args = with_visible_step(op, inputs)
     if op.is_step:
         result = check.verify(op, op.by_hand, args)
         assert result.ok, result.detail

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
-from support import configurations, dtype_id, raw_ops, through
+from support import configurations, dtype_id, raw_ops, through, with_visible_step
 
 from pyext import registry
 from pyext.backends import BACKENDS
-from pyext.lab.check import verify, with_visible_step
+from pyext.lab.check import verify
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
