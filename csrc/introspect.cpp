@@ -2,9 +2,12 @@
 // the registers, shared memory and spills of each CUDA kernel. Includes no PyTorch header, so that
 // it works with any PyTorch.
 
+#include <cxxabi.h>
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
+#include <cstdlib>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -33,16 +36,40 @@ void* open_library(const std::string& path) {
   return library;
 }
 
+py::dict limits(const PyextKernelStatement& stated) {
+  py::dict found;
+  found["registers"] = stated.most_registers;
+  found["shared_bytes"] = stated.most_shared_bytes;
+  found["spill_bytes"] = stated.most_spill_bytes;
+  found["load_bytes"] = stated.least_load_bytes;
+  found["store_bytes"] = stated.least_store_bytes;
+  return found;
+}
+
+// The demangled `name`, or `name` itself if it is not mangled.
+std::string demangled(const std::string& name) {
+  int status = 0;
+  const std::unique_ptr<char, decltype(&std::free)> text(
+      abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status), &std::free);
+  return text ? text.get() : name;
+}
+
 py::list cuda_kernels(const std::string& path) {
   void* library = open_library(path);
   const auto count = symbol<decltype(&pyext_cuda_kernel_count)>(library, "pyext_cuda_kernel_count");
   const auto name = symbol<decltype(&pyext_cuda_kernel_name)>(library, "pyext_cuda_kernel_name");
   const auto attributes =
       symbol<decltype(&pyext_cuda_kernel_attributes)>(library, "pyext_cuda_kernel_attributes");
+  const auto statement =
+      symbol<decltype(&pyext_cuda_kernel_statement)>(library, "pyext_cuda_kernel_statement");
   py::list kernels;
   for (int index = 0; index < count(); ++index) {
     py::dict kernel;
     kernel["name"] = name(index);
+    const PyextKernelStatement stated = statement(index);
+    kernel["threads_per_block"] = stated.threads_per_block;
+    kernel["dynamic_shared_bytes"] = stated.dynamic_shared_bytes;
+    kernel["limits"] = limits(stated);
     PyextKernelAttributes found{};
     if (const char* error = attributes(index, &found)) {
       kernel["error"] = error;
@@ -69,11 +96,15 @@ PYBIND11_MODULE(_introspect, module) {
       "build_info",
       [] { return py::module_::import("json").attr("loads")(kBuildInfo); },
       "The compilers, versions, flags and architectures of the last build, as a dict.");
+  module.def("demangled", &demangled, py::arg("name"),
+             "The C++ name behind a mangled one; any other text as it is.");
   module.def(
       "cuda_kernels", &cuda_kernels, py::arg("path"),
       R"(The kernels of the CUDA library at `path`, as a list of dicts.
 
-Each has a "name" and either the attributes of the code that the current GPU would run
+Each has a "name" (its demangled signature), what its source says of it ("threads_per_block" and
+"dynamic_shared_bytes" of its launches, and "limits": the most "registers", "shared_bytes" and
+"spill_bytes", the least "load_bytes" and "store_bytes") and either the attributes of the code that the current GPU would run
 ("registers_per_thread", "static_shared_bytes", "max_dynamic_shared_bytes",
 "local_bytes_per_thread", "constant_bytes", "max_threads_per_block", "ptx_version",
 "binary_version") or an "error" that says why there are none. Raises RuntimeError if the library

@@ -3,7 +3,10 @@
 #include "introspect.h"
 
 #include <cuda_runtime.h>
+#include <cxxabi.h>
 
+#include <cstdlib>
+#include <memory>
 #include <vector>
 
 namespace {
@@ -14,14 +17,37 @@ std::vector<const pyext::RegisteredKernel*>& table() {
   return kernels;
 }
 
+// "void pyext::relu_forward_kernel<float, 4>(float const*, float*, long)"
+std::string signature_in(const std::type_info& tag) {
+  int status = 0;
+  const std::unique_ptr<char, decltype(&std::free)> demangled(
+      abi::__cxa_demangle(tag.name(), nullptr, nullptr, &status), &std::free);
+  const std::string text = demangled ? demangled.get() : tag.name();
+  const std::string before = "pyext::KernelTag<&(";
+  const std::string after = ")>";
+  if (!text.starts_with(before) || !text.ends_with(after)) return text;
+  return text.substr(before.size(), text.size() - before.size() - after.size());
+}
+
 bool is_index(int index) {
   return index >= 0 && index < static_cast<int>(table().size());
 }
 
 }  // namespace
 
-pyext::RegisteredKernel::RegisteredKernel(const char* name, const void* function)
-    : name(name), function(function) {
+pyext::RegisteredKernel::RegisteredKernel(const std::type_info& tag, const void* function,
+                                          const LaunchShape& shape, const KernelLimits& limits)
+    : name(signature_in(tag)),
+      function(function),
+      statement{
+          .threads_per_block = static_cast<int>(shape.block.x * shape.block.y * shape.block.z),
+          .dynamic_shared_bytes = static_cast<int>(shape.shared_bytes),
+          .most_registers = limits.registers,
+          .most_shared_bytes = static_cast<int>(limits.shared_bytes),
+          .most_spill_bytes = limits.spill_bytes,
+          .least_load_bytes = limits.load_bytes,
+          .least_store_bytes = limits.store_bytes,
+      } {
   table().push_back(this);
 }
 
@@ -32,7 +58,11 @@ extern "C" PYEXT_EXPORT int pyext_cuda_kernel_count() {
 }
 
 extern "C" PYEXT_EXPORT const char* pyext_cuda_kernel_name(int index) {
-  return is_index(index) ? table()[index]->name : nullptr;
+  return is_index(index) ? table()[index]->name.c_str() : nullptr;
+}
+
+extern "C" PYEXT_EXPORT PyextKernelStatement pyext_cuda_kernel_statement(int index) {
+  return is_index(index) ? table()[index]->statement : PyextKernelStatement{};
 }
 
 extern "C" PYEXT_EXPORT const char* pyext_cuda_kernel_attributes(

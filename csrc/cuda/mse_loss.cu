@@ -7,15 +7,20 @@
 namespace pyext {
 namespace {
 
-#define PYEXT_REGISTER_WIDTHS(kernel, T)                                                      \
-  PYEXT_REGISTER_KERNEL(#kernel "<" #T ", 16 bytes>", (kernel<T, ELEMENTS_PER_16_BYTES<T>>)); \
-  PYEXT_REGISTER_KERNEL(#kernel "<" #T ", 1>", (kernel<T, 1>));
-#define PYEXT_REGISTER(T)                                        \
-  PYEXT_REGISTER_WIDTHS(mse_loss_elementwise_kernel, T)          \
-  PYEXT_REGISTER_WIDTHS(mse_loss_partial_kernel, T)              \
-  PYEXT_REGISTER_WIDTHS(mse_loss_backward_kernel, T)             \
-  PYEXT_REGISTER_WIDTHS(mse_loss_backward_elementwise_kernel, T) \
-  PYEXT_REGISTER_KERNEL("sum_partials_kernel<" #T ">", (sum_partials_kernel<T>));
+#define PYEXT_REGISTER_WIDTH(T, width)                                                            \
+  PYEXT_REGISTER_KERNEL((mse_loss_elementwise_kernel<T, width>), elementwise_shape(1, width),     \
+                        (mse_loss_elementwise_limits<T, width>()));                               \
+  PYEXT_REGISTER_KERNEL((mse_loss_partial_kernel<T, width>), (mse_loss_partial_shape<T, width>(1)), \
+                        (mse_loss_partial_limits<T, width>()));                                   \
+  PYEXT_REGISTER_KERNEL((mse_loss_backward_kernel<T, width>), elementwise_shape(1, width),        \
+                        (mse_loss_backward_limits<T, width>()));                                  \
+  PYEXT_REGISTER_KERNEL((mse_loss_backward_elementwise_kernel<T, width>),                         \
+                        elementwise_shape(1, width),                                              \
+                        (mse_loss_backward_elementwise_limits<T, width>()));
+#define PYEXT_REGISTER(T)                             \
+  PYEXT_REGISTER_WIDTH(T, (ELEMENTS_PER_16_BYTES<T>)) \
+  PYEXT_REGISTER_WIDTH(T, 1)                          \
+  PYEXT_REGISTER_KERNEL(sum_partials_kernel<T>, sum_partials_shape<T>(), sum_partials_limits<T>());
 PYEXT_REGISTER(double)
 PYEXT_REGISTER(float)
 PYEXT_REGISTER(__half)

@@ -38,9 +38,29 @@ struct SquaredErrorGradient {
 };
 
 template <class T, int Width>
+constexpr KernelLimits mse_loss_elementwise_limits() {
+  return elementwise_limits<T, Width, 2>();
+}
+
+template <class T, int Width>
 __global__ void __launch_bounds__(ELEMENTWISE_THREADS)
     mse_loss_elementwise_kernel(const T* input, const T* target, T* loss, int64_t n) {
   map_elements<Width>(SquaredError{}, n, loss, input, target);
+}
+
+template <class T, int Width>
+LaunchShape mse_loss_partial_shape(int64_t n) {
+  LaunchShape shape = elementwise_shape(n, Width);
+  shape.grid.x = static_cast<unsigned>(std::min<int64_t>(shape.grid.x, MOST_LOSS_PARTIALS));
+  shape.shared_bytes = block_sum_bytes<Accumulate<T>>(ELEMENTWISE_THREADS);
+  return shape;
+}
+
+template <class T, int Width>
+constexpr KernelLimits mse_loss_partial_limits() {
+  KernelLimits limits = elementwise_limits<T, Width, 2>(/*stores_vectors=*/false);
+  limits.shared_bytes = block_sum_bytes<Accumulate<T>>(ELEMENTWISE_THREADS);
+  return limits;
 }
 
 // partials[block] = the block's share of sum (input - target)^2.
@@ -79,6 +99,11 @@ __global__ void __launch_bounds__(ELEMENTWISE_THREADS)
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
+template <class T, int Width>
+constexpr KernelLimits mse_loss_backward_limits() {
+  return elementwise_limits<T, Width, 2>();
+}
+
 // grad holds one element.
 template <class T, int Width>
 __global__ void __launch_bounds__(ELEMENTWISE_THREADS)
@@ -88,6 +113,11 @@ __global__ void __launch_bounds__(ELEMENTWISE_THREADS)
   const SquaredErrorGradient<Accumulate<T>> gradient{scale};
   map_elements<Width>([=](T a, T b) { return gradient(a, b, one_grad); }, n, grad_input, input,
                       target);
+}
+
+template <class T, int Width>
+constexpr KernelLimits mse_loss_backward_elementwise_limits() {
+  return elementwise_limits<T, Width, 3>();
 }
 
 // grad holds n elements.
@@ -119,9 +149,8 @@ void mse_loss_reduced(const T* input, const T* target, bool mean, T* loss, int64
                       Scratch& scratch, cudaStream_t stream) {
   constexpr int width = ELEMENTS_PER_16_BYTES<T>;
   const bool aligned = all_aligned_to_16(input, target);
-  LaunchShape shape = elementwise_shape(n, aligned ? width : 1);
-  shape.grid.x = static_cast<unsigned>(std::min<int64_t>(shape.grid.x, MOST_LOSS_PARTIALS));
-  shape.shared_bytes = block_sum_bytes<Accumulate<T>>(ELEMENTWISE_THREADS);
+  const LaunchShape shape =
+      aligned ? mse_loss_partial_shape<T, width>(n) : mse_loss_partial_shape<T, 1>(n);
   auto* partials = scratch.allocate<Accumulate<T>>(shape.grid.x);
   if (n > 0) {
     launch(aligned ? mse_loss_partial_kernel<T, width> : mse_loss_partial_kernel<T, 1>, shape,

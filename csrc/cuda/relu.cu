@@ -7,22 +7,25 @@
 namespace pyext {
 namespace {
 
-#define PYEXT_REGISTER(kernel, T)                                                             \
-  PYEXT_REGISTER_KERNEL(#kernel "<" #T ", 16 bytes>", (kernel<T, ELEMENTS_PER_16_BYTES<T>>)); \
-  PYEXT_REGISTER_KERNEL(#kernel "<" #T ", 1>", (kernel<T, 1>));
-PYEXT_REGISTER(relu_forward_kernel, double)
-PYEXT_REGISTER(relu_forward_kernel, float)
-PYEXT_REGISTER(relu_forward_kernel, __half)
-PYEXT_REGISTER(relu_forward_kernel, __nv_bfloat16)
-PYEXT_REGISTER(relu_forward_kernel, uint8_t)
-PYEXT_REGISTER(relu_forward_kernel, int8_t)
-PYEXT_REGISTER(relu_forward_kernel, int16_t)
-PYEXT_REGISTER(relu_forward_kernel, int32_t)
-PYEXT_REGISTER(relu_forward_kernel, int64_t)
-PYEXT_REGISTER(relu_backward_kernel, double)
-PYEXT_REGISTER(relu_backward_kernel, float)
-PYEXT_REGISTER(relu_backward_kernel, __half)
-PYEXT_REGISTER(relu_backward_kernel, __nv_bfloat16)
+#define PYEXT_REGISTER_WIDTH(name, T, width)                                            \
+  PYEXT_REGISTER_KERNEL((name##_kernel<T, width>), elementwise_shape(1, width), \
+                        (name##_limits<T, width>()));
+#define PYEXT_REGISTER(name, T)                             \
+  PYEXT_REGISTER_WIDTH(name, T, (ELEMENTS_PER_16_BYTES<T>)) \
+  PYEXT_REGISTER_WIDTH(name, T, 1)
+PYEXT_REGISTER(relu_forward, double)
+PYEXT_REGISTER(relu_forward, float)
+PYEXT_REGISTER(relu_forward, __half)
+PYEXT_REGISTER(relu_forward, __nv_bfloat16)
+PYEXT_REGISTER(relu_forward, uint8_t)
+PYEXT_REGISTER(relu_forward, int8_t)
+PYEXT_REGISTER(relu_forward, int16_t)
+PYEXT_REGISTER(relu_forward, int32_t)
+PYEXT_REGISTER(relu_forward, int64_t)
+PYEXT_REGISTER(relu_backward, double)
+PYEXT_REGISTER(relu_backward, float)
+PYEXT_REGISTER(relu_backward, __half)
+PYEXT_REGISTER(relu_backward, __nv_bfloat16)
 
 Tensor relu_forward_op(const Tensor& x) {
   const OnDeviceOf device(x);

@@ -12,24 +12,25 @@ PYEXT_FOR_EACH_FLOATING(PYEXT_DEFINE)
 
 namespace {
 
+#define PYEXT_REGISTER_COLUMN_SUM(In, Out)                                       \
+  PYEXT_REGISTER_KERNEL((column_sum_kernel<In, Out>), column_sum_shape<In>(1, 1), \
+                        (column_sum_limits<In, Out>()))
 #define PYEXT_REGISTER(T)                                                          \
   PYEXT_REGISTER_PRODUCT(T, StoreBias<T, true>)                                    \
   PYEXT_REGISTER_PRODUCT(T, StoreBias<T, false>)                                   \
   PYEXT_REGISTER_PRODUCT(T, StoreMasked<T>)                                        \
   PYEXT_REGISTER_TILES(T, StorePart<Accumulate<T>>);                               \
-  PYEXT_REGISTER_KERNEL("column_sum_kernel<" #T ", " #T ">", (column_sum_kernel<T, T>));
+  PYEXT_REGISTER_COLUMN_SUM(T, T);
 PYEXT_FOR_EACH_FLOATING(PYEXT_REGISTER)
 
 PYEXT_REGISTER_TILE(float, LargeTile, StoreBias<float, true>);
 PYEXT_REGISTER_TILE(float, LargeTile, StoreBias<float, false>);
 PYEXT_REGISTER_TILE(float, LargeTile, StoreMasked<float>);
 PYEXT_REGISTER_TILE(float, LargeTile, StorePart<float>);
-PYEXT_REGISTER_KERNEL("column_sum_kernel<__half, float>", (column_sum_kernel<__half, float>));
-PYEXT_REGISTER_KERNEL("column_sum_kernel<float, __half>", (column_sum_kernel<float, __half>));
-PYEXT_REGISTER_KERNEL("column_sum_kernel<__nv_bfloat16, float>",
-                      (column_sum_kernel<__nv_bfloat16, float>));
-PYEXT_REGISTER_KERNEL("column_sum_kernel<float, __nv_bfloat16>",
-                      (column_sum_kernel<float, __nv_bfloat16>));
+PYEXT_REGISTER_COLUMN_SUM(__half, float);
+PYEXT_REGISTER_COLUMN_SUM(float, __half);
+PYEXT_REGISTER_COLUMN_SUM(__nv_bfloat16, float);
+PYEXT_REGISTER_COLUMN_SUM(float, __nv_bfloat16);
 
 std::tuple<Tensor, Tensor> two_layer_forward_op(const Tensor& x, const Tensor& w1,
                                                 const Tensor& w2, const std::optional<Tensor>& b1,

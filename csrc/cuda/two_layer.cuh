@@ -23,6 +23,7 @@ struct TwoLayerSize {
 // out = sums [+ bias], with a ReLU after it if asked for.
 template <class T, bool Relu>
 struct StoreBias : ElementwiseEpilogue {
+  using Stored = T;
   using Acc = Accumulate<T>;
   QuadMatrix<T> out;
   const T* bias;  // nullptr: none
@@ -42,6 +43,7 @@ struct StoreBias : ElementwiseEpilogue {
 // out = (sums [+ addend]) where hidden > 0, else 0: ReLU's backward.
 template <class T>
 struct StoreMasked : ElementwiseEpilogue {
+  using Stored = T;
   using Acc = Accumulate<T>;
   QuadMatrix<T> out;
   QuadMatrix<const T> hidden;

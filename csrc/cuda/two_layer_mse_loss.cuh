@@ -16,6 +16,7 @@ namespace pyext {
 // partials[block].
 template <class T>
 struct StoreLoss {
+  using Stored = T;
   using Acc = Accumulate<T>;
   QuadMatrix<T> difference;
   QuadMatrix<const T> y;

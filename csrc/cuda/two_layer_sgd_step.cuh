@@ -15,6 +15,7 @@ namespace pyext {
 // weight -= lr * sums
 template <class T>
 struct UpdateWeight : ElementwiseEpilogue {
+  using Stored = T;
   using Acc = Accumulate<T>;
   QuadMatrix<T> weight;
   Acc lr;

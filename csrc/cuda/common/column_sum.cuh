@@ -6,12 +6,30 @@
 
 #include <algorithm>
 
+#include "kernel_limits.cuh"
 #include "matrix.cuh"
 
 namespace pyext {
 
 constexpr int COLUMN_SUM_COLUMNS = 32;
 constexpr int COLUMN_SUM_ROWS = 8;
+
+template <class In>
+LaunchShape column_sum_shape(int64_t columns, int64_t parts) {
+  return {dim3(static_cast<unsigned>(ceil_div<int64_t>(columns, COLUMN_SUM_COLUMNS)),
+               static_cast<unsigned>(parts)),
+          dim3(COLUMN_SUM_COLUMNS, COLUMN_SUM_ROWS),
+          COLUMN_SUM_COLUMNS * COLUMN_SUM_ROWS * sizeof(Accumulate<In>)};
+}
+
+// Lanes lie along a row, one element each: all 2048 threads of a multiprocessor load at once.
+template <class In, class Out>
+constexpr KernelLimits column_sum_limits() {
+  return {.registers = registers_for(8, COLUMN_SUM_COLUMNS * COLUMN_SUM_ROWS),
+          .load_bytes = sizeof(In),
+          .store_bytes = sizeof(Out),
+          .shared_bytes = shared_for(8)};
+}
 
 // out[part][c] = sum over the rows of part blockIdx.y.
 template <class In, class Out>
@@ -42,12 +60,8 @@ __global__ void __launch_bounds__(COLUMN_SUM_COLUMNS* COLUMN_SUM_ROWS)
 template <class In, class Out>
 void launch_column_sum(const Matrix<const In>& matrix, int64_t rows, int64_t columns,
                        int64_t rows_per_part, int64_t parts, Out* out, cudaStream_t stream) {
-  const LaunchShape shape{
-      dim3(static_cast<unsigned>(ceil_div<int64_t>(columns, COLUMN_SUM_COLUMNS)),
-           static_cast<unsigned>(parts)),
-      dim3(COLUMN_SUM_COLUMNS, COLUMN_SUM_ROWS),
-      COLUMN_SUM_COLUMNS * COLUMN_SUM_ROWS * sizeof(Accumulate<In>)};
-  launch(column_sum_kernel<In, Out>, shape, stream, matrix, rows, columns, rows_per_part, out);
+  launch(column_sum_kernel<In, Out>, column_sum_shape<In>(columns, parts), stream, matrix, rows,
+         columns, rows_per_part, out);
 }
 
 template <class T>

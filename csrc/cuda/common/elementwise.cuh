@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "kernel_limits.cuh"
 #include "numeric.cuh"
 
 namespace pyext {
@@ -20,6 +21,18 @@ inline LaunchShape elementwise_shape(int64_t n, int width) {
   const int64_t per_block = int64_t{ELEMENTWISE_THREADS} * VECTORS_IN_FLIGHT * width;
   const int64_t blocks = std::min<int64_t>(ceil_div(n, per_block), int64_t{1} << 20);
   return {dim3(static_cast<unsigned>(blocks)), dim3(ELEMENTWISE_THREADS)};
+}
+
+// A kernel that loads `Inputs` vectors of `Width` elements at a time and, if `stores_vectors`, stores
+// one for them. 2048 threads of a multiprocessor's are eight blocks.
+template <class T, int Width, int Inputs>
+constexpr KernelLimits elementwise_limits(bool stores_vectors = true) {
+  constexpr int vector_bytes = Width * static_cast<int>(sizeof(T));
+  constexpr int block_bytes = ELEMENTWISE_THREADS * VECTORS_IN_FLIGHT * Inputs * vector_bytes;
+  return {.registers = registers_for(blocks_in_flight(block_bytes, 8), ELEMENTWISE_THREADS),
+          .load_bytes = vector_bytes,
+          .store_bytes = stores_vectors ? vector_bytes : static_cast<int>(sizeof(Accumulate<T>)),
+          .shared_bytes = 0};
 }
 
 // Calls visit(first) for each group of this thread's vectors: first, first + ELEMENTWISE_THREADS,

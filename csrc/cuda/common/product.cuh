@@ -14,10 +14,12 @@
 //   row(m, n, sums, count, state)  columns n .. n+count-1 of row m; 4 divides n, count <= 4
 //   finish(block, state)           once per thread at the end, by all threads of the block
 //   shared_bytes(threads)          the shared memory that `finish` needs
+//   Stored                         the element type of what `row` stores, in quads
 #pragma once
 
 #include <algorithm>
 
+#include "kernel_limits.cuh"
 #include "matrix.cuh"
 
 namespace pyext {
@@ -187,6 +189,18 @@ __device__ __forceinline__ TilePosition tile_position(int64_t m, int64_t n) {
           within / band_rows * TileShape::COLUMNS};
 }
 
+// The bytes of an epilogue's stores: a quad of its elements, in accesses of up to 16 bytes.
+template <class Epilogue>
+constexpr int QUAD_STORE_BYTES = alignof(Vector<typename Epilogue::Stored, QUAD>);
+
+template <class T, class TileShape, class Epilogue>
+constexpr KernelLimits product_limits() {
+  return {.registers = registers_for(TileShape::BLOCKS_PER_SM, TileShape::THREADS),
+          .load_bytes = 16,
+          .store_bytes = QUAD_STORE_BYTES<Epilogue>,
+          .shared_bytes = shared_for(TileShape::BLOCKS_PER_SM)};
+}
+
 template <class T, class TileShape, class Epilogue>
 __global__ void __launch_bounds__(TileShape::THREADS, TileShape::BLOCKS_PER_SM)
     product_kernel(Matrix<const T> a, Matrix<const T> b, int64_t m, int64_t n, int64_t k,
@@ -273,6 +287,7 @@ __global__ void __launch_bounds__(TileShape::THREADS, TileShape::BLOCKS_PER_SM)
 // The epilogue of a split product: sums of part blockIdx.y of k, to workspace[part][m][n].
 template <class Acc>
 struct StorePart : ElementwiseEpilogue {
+  using Stored = Acc;
   QuadMatrix<Acc> workspace;
   int64_t part_stride;
 
@@ -284,6 +299,23 @@ struct StorePart : ElementwiseEpilogue {
 };
 
 constexpr int COMBINE_THREADS = 128;
+
+template <class Epilogue>
+LaunchShape combine_parts_shape(int64_t blocks) {
+  return {dim3(static_cast<unsigned>(blocks)), dim3(COMBINE_THREADS),
+          Epilogue::shared_bytes(COMBINE_THREADS)};
+}
+
+// A block has four 16-byte loads per thread in flight, 8 KiB. Seven blocks are less than device
+// memory asks for (blocks_in_flight: eight), but the workspace was written just before and lies in
+// L2; the loss's epilogue and float64 need 72 registers on sm_100.
+template <class Acc, class Epilogue>
+constexpr KernelLimits combine_parts_limits() {
+  return {.registers = registers_for(7, COMBINE_THREADS),
+          .load_bytes = 16,
+          .store_bytes = QUAD_STORE_BYTES<Epilogue>,
+          .shared_bytes = shared_for(7)};
+}
 
 // The second pass: one thread per quad of C adds the parts in ascending order.
 template <class Acc, class Epilogue>
@@ -387,7 +419,7 @@ inline ProductPlan plan_product(int64_t m, int64_t n, int64_t k, bool has_large_
 }
 
 template <class T, class TileShape, class Epilogue>
-LaunchShape product_shape(const ProductPlan& plan) {
+LaunchShape product_shape(int64_t tiles, int64_t parts) {
   using Acc = Accumulate<T>;
   constexpr std::size_t operands =
       2 * sizeof(Acc) *
@@ -395,7 +427,7 @@ LaunchShape product_shape(const ProductPlan& plan) {
        OperandLoader<T, TileShape::COLUMNS, TileShape::DEPTH, TileShape::THREADS>::SHARED_ELEMENTS);
   constexpr std::size_t shared = std::max(operands, Epilogue::shared_bytes(TileShape::THREADS));
   static_assert(shared <= 48 * 1024, "more needs cudaFuncSetAttribute");
-  return {dim3(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.parts)),
+  return {dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(parts)),
           dim3(TileShape::THREADS), shared};
 }
 
@@ -405,8 +437,9 @@ void launch_product_tiles(const ProductPlan& plan, const Matrix<const T>& a,
                           const Epilogue& epilogue, cudaStream_t stream) {
   const auto launch_tile = [&](auto tile) {
     using TileShape = decltype(tile);
-    launch(product_kernel<T, TileShape, Epilogue>, product_shape<T, TileShape, Epilogue>(plan),
-           stream, a, b, m, n, k, plan.depth_per_split, epilogue);
+    launch(product_kernel<T, TileShape, Epilogue>,
+           product_shape<T, TileShape, Epilogue>(plan.tiles, plan.parts), stream, a, b, m, n, k,
+           plan.depth_per_split, epilogue);
   };
   switch (plan.tile) {
     case TileChoice::large:
@@ -445,10 +478,8 @@ void product(const ProductPlan& plan, const Matrix<const T>& a, const Matrix<con
   Acc* workspace = scratch.allocate<Acc>(plan.parts * part_stride);
   product_parts<T>(plan, a, b, m, n, k, workspace, part_stride, stream);
   const Matrix<const Acc> parts{workspace, n, 1};
-  const LaunchShape shape{dim3(static_cast<unsigned>(plan.epilogue_blocks)), dim3(COMBINE_THREADS),
-                          Epilogue::shared_bytes(COMBINE_THREADS)};
-  launch(combine_parts_kernel<Acc, Epilogue>, shape, stream, parts, part_stride, plan.parts, m, n,
-         epilogue);
+  launch(combine_parts_kernel<Acc, Epilogue>, combine_parts_shape<Epilogue>(plan.epilogue_blocks),
+         stream, parts, part_stride, plan.parts, m, n, epilogue);
 }
 
 template <class T, class Epilogue>

@@ -1,6 +1,7 @@
 // Sums in a fixed order: bit-identical from run to run, whatever the device.
 #pragma once
 
+#include "kernel_limits.cuh"
 #include "numeric.cuh"
 
 namespace pyext {
@@ -36,6 +37,20 @@ __device__ __forceinline__ Acc block_sum(Acc value) {
   return value;
 }
 
+template <class T>
+LaunchShape sum_partials_shape() {
+  return {dim3(1), dim3(PARTIAL_SUM_THREADS), block_sum_bytes<Accumulate<T>>(PARTIAL_SUM_THREADS)};
+}
+
+// A single block, which reads a few thousand values one by one.
+template <class T>
+constexpr KernelLimits sum_partials_limits() {
+  return {.registers = registers_for(1, PARTIAL_SUM_THREADS),
+          .load_bytes = sizeof(Accumulate<T>),
+          .store_bytes = sizeof(T),
+          .shared_bytes = block_sum_bytes<Accumulate<T>>(PARTIAL_SUM_THREADS)};
+}
+
 // out[0] = sum(partials) [/ divisor]. One block; a divisor of 0 elements gives nan, as the mean of
 // nothing does.
 template <class T>
@@ -53,9 +68,7 @@ __global__ void __launch_bounds__(PARTIAL_SUM_THREADS)
 template <class T>
 void sum_partials(const Accumulate<T>* partials, int64_t count, bool mean, int64_t divisor, T* out,
                   cudaStream_t stream) {
-  const LaunchShape shape{dim3(1), dim3(PARTIAL_SUM_THREADS),
-                          block_sum_bytes<Accumulate<T>>(PARTIAL_SUM_THREADS)};
-  launch(sum_partials_kernel<T>, shape, stream, partials, count, mean, divisor, out);
+  launch(sum_partials_kernel<T>, sum_partials_shape<T>(), stream, partials, count, mean, divisor, out);
 }
 
 }  // namespace pyext
