@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._limits import BYTES_IN_FLIGHT, Limits, registers_for
 from ._registration import INTERPRETED
 
 # One program moves 8 KiB per tensor: 4 warps x 32 threads x 4 accesses of 16 bytes in flight, which
@@ -24,6 +25,20 @@ def block_size(n, itemsize):
     if INTERPRETED:
         return min(triton.next_power_of_2(n), 1 << 16)
     return BYTES_PER_PROGRAM // itemsize
+
+
+def elementwise_limits(specialised, inputs, out, spill_bytes=0):
+    """Limits of a kernel that reads the dense tensors ``inputs`` and writes ``out``, each program
+    BYTES_PER_PROGRAM of each: 16-byte accesses where all are aligned, and as many programs on a
+    multiprocessor as keep its memory busy."""
+    programs = -(-BYTES_IN_FLIGHT // (BYTES_PER_PROGRAM * len(inputs)))
+    aligned = specialised.aligned(*inputs, out)
+    return Limits(
+        registers=registers_for(programs, specialised.threads),
+        load_bytes=16 if aligned else specialised.itemsize(inputs[0]),
+        store_bytes=16 if aligned else specialised.itemsize(out),
+        spill_bytes=spill_bytes,
+    )
 
 
 def laid_out_like(reference, tensor):

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from ._elementwise import rounded, widen
+from ._limits import Limits, limits, registers_for
 from ._reduction import accumulator, finish
 from ._registration import INTERPRETED, loop_bound, wrap_triton
 
@@ -139,8 +140,32 @@ def _epilogue(
     tl.store(pointers, rounded(acc, T), mask=inside)
 
 
+def _stored_itemsize(specialised):
+    """Of the sums over a part of K, or of the result."""
+    split = specialised.constants.get("parts", "given") is not None
+    return specialised.itemsize("parts" if split else "out")
+
+
+def _matmul_limits(specialised):
+    """One program on a multiprocessor at least, in what sm_80 has of shared memory (163 KiB a
+    program): choose_tiling gives the large tiles all registers. Loads are as wide as VECTOR says;
+    stores follow the layout of the sums in registers, so a single element is all that is promised.
+
+    spill_bytes: two registers that are set aside before the loop over K cost nothing.
+    """
+    itemsize = specialised.itemsize("a")
+    return Limits(
+        registers=registers_for(1, specialised.threads),
+        load_bytes=specialised.constants["VECTOR"] * itemsize,
+        store_bytes=_stored_itemsize(specialised),
+        shared_bytes=163 * 1024,
+        spill_bytes=8,
+    )
+
+
 # steps: a single step would lose its loop, and float32's dot then keeps every operand in a register
 # at once and spills (seen on sm_90: 4 KiB of stack per thread).
+@limits(_matmul_limits)
 @triton.jit(do_not_specialize=["lr_bits", "steps"])
 def _matmul_kernel(
     a,
@@ -264,6 +289,17 @@ def _matmul_kernel(
         )
 
 
+def _add_parts_limits(specialised):
+    """Few programs, each of which walks the parts of a tile: bandwidth is not what bounds them."""
+    return Limits(
+        registers=registers_for(1, specialised.threads),
+        load_bytes=specialised.itemsize("parts"),
+        store_bytes=specialised.itemsize("out"),
+        shared_bytes=48 * 1024,
+    )
+
+
+@limits(_add_parts_limits)
 @triton.jit(do_not_specialize=["lr_bits"])
 def _add_parts_kernel(
     parts,

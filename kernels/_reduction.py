@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from ._elementwise import rounded
+from ._limits import Limits, limits, registers_for
 from ._registration import loop_bound, wrap_triton
 
 NONE, MEAN, SUM = 0, 1, 2  # ATen's numbers for reduction
@@ -28,6 +29,17 @@ def empty_loss(like, reduction):
     return like.new_full((), float("nan") if reduction == MEAN else 0.0)
 
 
+def _finish_limits(specialised):
+    """One program, which reads a few thousand values."""
+    return Limits(
+        registers=registers_for(1, specialised.threads),
+        load_bytes=specialised.itemsize("partials"),
+        store_bytes=specialised.itemsize("loss"),
+        shared_bytes=specialised.threads // 32 * specialised.itemsize("partials"),
+    )
+
+
+@limits(_finish_limits)
 @triton.jit
 def _finish_kernel(partials, loss, n, count, steps, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), partials.dtype.element_ty)

@@ -15,7 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._elementwise import WARPS, block_size, rounded, widen
+from ._elementwise import WARPS, block_size, elementwise_limits, rounded, widen
+from ._limits import limits
 from ._reduction import NONE, accumulator, divisor, empty_loss, finish
 from ._registration import expect, expect_floating, loop_bound, raw_op, wrap_triton
 
@@ -23,6 +24,7 @@ MAX_PROGRAMS = 1024
 MAX_TILES_OF_ONE_PROGRAM = 4
 
 
+@limits(lambda specialised: elementwise_limits(specialised, ["input", "target"], "loss"))
 @triton.jit
 def _squared_error_kernel(input, target, loss, n, BLOCK: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -38,6 +40,27 @@ def _squared_error_kernel(input, target, loss, n, BLOCK: tl.constexpr):
         tl.store(loss + offsets, squared, mask=inside)
 
 
+def _tail_spill_bytes(specialised):
+    """A size that 16 does not divide splits the masked accesses into single elements. Each then
+    takes a register, 32 of an operand for 16-bit types, and ptxas may rather keep some of them in
+    local memory than run fewer programs at a time. In the machine code, only the masked tail
+    stores and loads them, once per program: 64 bytes a thread, against 8 KiB of each operand.
+    """
+    split = not specialised.aligned("n")
+    return 64 if split and specialised.itemsize("input") == 2 else 0
+
+
+def _partial_sums_limits(specialised):
+    elementwise = elementwise_limits(
+        specialised, ["input", "target"], "partials", _tail_spill_bytes(specialised)
+    )
+    return elementwise._replace(
+        store_bytes=specialised.itemsize("partials"),
+        shared_bytes=WARPS * specialised.itemsize("partials"),
+    )
+
+
+@limits(_partial_sums_limits)
 @triton.jit
 def _partial_sums_kernel(input, target, partials, n, count, full_steps, BLOCK: tl.constexpr):
     # In a full step every program has a full tile, unmasked; one masked step takes the rest.
@@ -57,6 +80,14 @@ def _partial_sums_kernel(input, target, partials, n, count, full_steps, BLOCK: t
     tl.store(partials + program, rounded(result, partials.dtype.element_ty))
 
 
+def _mse_backward_limits(specialised):
+    inputs = ["input", "target"]
+    if not specialised.constants["GRAD_IS_SCALAR"]:
+        inputs.append("grad")
+    return elementwise_limits(specialised, inputs, "grad_input", _tail_spill_bytes(specialised))
+
+
+@limits(_mse_backward_limits)
 @triton.jit
 def _mse_backward_kernel(
     grad, input, target, grad_input, n, count, GRAD_IS_SCALAR: tl.constexpr, BLOCK: tl.constexpr

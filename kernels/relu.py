@@ -12,10 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ._elementwise import WARPS, block_size, laid_out_like, widen
+from ._elementwise import WARPS, block_size, elementwise_limits, laid_out_like, widen
+from ._limits import limits
 from ._registration import expect, expect_floating, raw_op, wrap_triton
 
 
+@limits(lambda specialised: elementwise_limits(specialised, ["x"], "out"))
 @triton.jit
 def _relu_forward_kernel(x, out, n, BLOCK: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -30,6 +32,7 @@ def _relu_forward_kernel(x, out, n, BLOCK: tl.constexpr):
         tl.store(out + offsets, tl.where(widen(value) < 0, 0, value), mask=inside)
 
 
+@limits(lambda specialised: elementwise_limits(specialised, ["grad", "out"], "grad_input"))
 @triton.jit
 def _relu_backward_kernel(grad, out, grad_input, n, BLOCK: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK

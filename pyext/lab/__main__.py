@@ -1,7 +1,8 @@
 """``python -m pyext.lab``: what is done to the ops as a whole.
 
-``report DIR`` shows a result file once more; ``mutants`` plants bugs and shows what catches them;
-``gpu-suite`` does on an NVIDIA GPU all that needs one.
+``report DIR`` shows a result file once more; ``compile-report`` what the compilers made of the
+kernels; ``mutants`` plants bugs and shows what catches them; ``gpu-suite`` does on an NVIDIA GPU all
+that needs one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from pyext.lab import gpu_suite, report, results
+from pyext.lab.compile_report import command as compile_report
 from pyext.lab.mutants import command as mutants
 
 
@@ -35,6 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="NAMES",
         help="only these in the Markdown, such as both,step (default: all)",
     )
+    compile_report.add_arguments(
+        commands.add_parser(
+            "compile-report",
+            help="registers, spills, shared memory, occupancy and accesses of every kernel",
+        )
+    )
     planted = commands.add_parser(
         "mutants", help="plants bugs, one at a time, and shows which test catches each"
     )
@@ -44,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     gpu_suite.add_arguments(gpu)
     options = parser.parse_args(arguments)
+    if options.command == "compile-report":
+        return compile_report.run(options, Console(highlight=False))
     if options.command == "mutants":
         return mutants.main(planted, options)
     if options.command == "gpu-suite":
