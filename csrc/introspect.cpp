@@ -104,9 +104,9 @@ PYBIND11_MODULE(_introspect, module) {
 
 Each has a "name" (its demangled signature), what its source says of it ("threads_per_block" and
 "dynamic_shared_bytes" of its launches, and "limits": the most "registers", "shared_bytes" and
-"spill_bytes", the least "load_bytes" and "store_bytes") and either the attributes of the code that the current GPU would run
-("registers_per_thread", "static_shared_bytes", "max_dynamic_shared_bytes",
-"local_bytes_per_thread", "constant_bytes", "max_threads_per_block", "ptx_version",
-"binary_version") or an "error" that says why there are none. Raises RuntimeError if the library
-does not load; import torch first, whose libraries it needs.)");
+"spill_bytes", the least "load_bytes" and "store_bytes") and either the attributes of the code that
+the current GPU would run ("registers_per_thread", "static_shared_bytes",
+"max_dynamic_shared_bytes", "local_bytes_per_thread", "constant_bytes", "max_threads_per_block",
+"ptx_version", "binary_version") or an "error" that says why there are none. Raises RuntimeError if
+the library does not load; import torch first, whose libraries it needs.)");
 }

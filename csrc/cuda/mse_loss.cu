@@ -7,15 +7,16 @@
 namespace pyext {
 namespace {
 
-#define PYEXT_REGISTER_WIDTH(T, width)                                                            \
-  PYEXT_REGISTER_KERNEL((mse_loss_elementwise_kernel<T, width>), elementwise_shape(1, width),     \
-                        (mse_loss_elementwise_limits<T, width>()));                               \
-  PYEXT_REGISTER_KERNEL((mse_loss_partial_kernel<T, width>), (mse_loss_partial_shape<T, width>(1)), \
-                        (mse_loss_partial_limits<T, width>()));                                   \
-  PYEXT_REGISTER_KERNEL((mse_loss_backward_kernel<T, width>), elementwise_shape(1, width),        \
-                        (mse_loss_backward_limits<T, width>()));                                  \
-  PYEXT_REGISTER_KERNEL((mse_loss_backward_elementwise_kernel<T, width>),                         \
-                        elementwise_shape(1, width),                                              \
+#define PYEXT_REGISTER_WIDTH(T, width)                                                        \
+  PYEXT_REGISTER_KERNEL((mse_loss_elementwise_kernel<T, width>), elementwise_shape(1, width), \
+                        (mse_loss_elementwise_limits<T, width>()));                           \
+  PYEXT_REGISTER_KERNEL((mse_loss_partial_kernel<T, width>),                                  \
+                        (mse_loss_partial_shape<T, width>(1)),                                \
+                        (mse_loss_partial_limits<T, width>()));                               \
+  PYEXT_REGISTER_KERNEL((mse_loss_backward_kernel<T, width>), elementwise_shape(1, width),    \
+                        (mse_loss_backward_limits<T, width>()));                              \
+  PYEXT_REGISTER_KERNEL((mse_loss_backward_elementwise_kernel<T, width>),                     \
+                        elementwise_shape(1, width),                                          \
                         (mse_loss_backward_elementwise_limits<T, width>()));
 #define PYEXT_REGISTER(T)                             \
   PYEXT_REGISTER_WIDTH(T, (ELEMENTS_PER_16_BYTES<T>)) \

@@ -7,7 +7,7 @@
 namespace pyext {
 namespace {
 
-#define PYEXT_REGISTER_WIDTH(name, T, width)                                            \
+#define PYEXT_REGISTER_WIDTH(name, T, width)                                    \
   PYEXT_REGISTER_KERNEL((name##_kernel<T, width>), elementwise_shape(1, width), \
                         (name##_limits<T, width>()));
 #define PYEXT_REGISTER(name, T)                             \

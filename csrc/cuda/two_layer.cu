@@ -12,14 +12,14 @@ PYEXT_FOR_EACH_FLOATING(PYEXT_DEFINE)
 
 namespace {
 
-#define PYEXT_REGISTER_COLUMN_SUM(In, Out)                                       \
+#define PYEXT_REGISTER_COLUMN_SUM(In, Out)                                        \
   PYEXT_REGISTER_KERNEL((column_sum_kernel<In, Out>), column_sum_shape<In>(1, 1), \
                         (column_sum_limits<In, Out>()))
-#define PYEXT_REGISTER(T)                                                          \
-  PYEXT_REGISTER_PRODUCT(T, StoreBias<T, true>)                                    \
-  PYEXT_REGISTER_PRODUCT(T, StoreBias<T, false>)                                   \
-  PYEXT_REGISTER_PRODUCT(T, StoreMasked<T>)                                        \
-  PYEXT_REGISTER_TILES(T, StorePart<Accumulate<T>>);                               \
+#define PYEXT_REGISTER(T)                            \
+  PYEXT_REGISTER_PRODUCT(T, StoreBias<T, true>)      \
+  PYEXT_REGISTER_PRODUCT(T, StoreBias<T, false>)     \
+  PYEXT_REGISTER_PRODUCT(T, StoreMasked<T>)          \
+  PYEXT_REGISTER_TILES(T, StorePart<Accumulate<T>>); \
   PYEXT_REGISTER_COLUMN_SUM(T, T);
 PYEXT_FOR_EACH_FLOATING(PYEXT_REGISTER)
 

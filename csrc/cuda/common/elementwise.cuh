@@ -23,8 +23,8 @@ inline LaunchShape elementwise_shape(int64_t n, int width) {
   return {dim3(static_cast<unsigned>(blocks)), dim3(ELEMENTWISE_THREADS)};
 }
 
-// A kernel that loads `Inputs` vectors of `Width` elements at a time and, if `stores_vectors`, stores
-// one for them. 2048 threads of a multiprocessor's are eight blocks.
+// A kernel that loads `Inputs` vectors of `Width` elements at a time and, if `stores_vectors`,
+// stores one for them. A multiprocessor's 2048 threads are eight blocks.
 template <class T, int Width, int Inputs>
 constexpr KernelLimits elementwise_limits(bool stores_vectors = true) {
   constexpr int vector_bytes = Width * static_cast<int>(sizeof(T));

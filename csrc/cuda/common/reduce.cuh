@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(PARTIAL_SUM_THREADS)
 template <class T>
 void sum_partials(const Accumulate<T>* partials, int64_t count, bool mean, int64_t divisor, T* out,
                   cudaStream_t stream) {
-  launch(sum_partials_kernel<T>, sum_partials_shape<T>(), stream, partials, count, mean, divisor, out);
+  launch(sum_partials_kernel<T>, sum_partials_shape<T>(), stream, partials, count, mean, divisor,
+         out);
 }
 
 }  // namespace pyext

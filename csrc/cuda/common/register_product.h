@@ -5,8 +5,8 @@
 #include "product.cuh"
 
 // `...` is the epilogue, which may contain commas.
-#define PYEXT_REGISTER_TILE(T, tile, ...)                         \
-  PYEXT_REGISTER_KERNEL((product_kernel<T, tile, __VA_ARGS__>),   \
+#define PYEXT_REGISTER_TILE(T, tile, ...)                            \
+  PYEXT_REGISTER_KERNEL((product_kernel<T, tile, __VA_ARGS__>),      \
                         (product_shape<T, tile, __VA_ARGS__>(1, 1)), \
                         (product_limits<T, tile, __VA_ARGS__>()))
 
