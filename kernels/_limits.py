@@ -10,8 +10,8 @@ from typing import NamedTuple
 REGISTERS_PER_MULTIPROCESSOR = 65536
 MOST_REGISTERS = 255  # of one thread
 
-# By Little's law: 8 TB/s over 148 multiprocessors (sm_100) times 1 us of latency; sm_80 and sm_90 need
-# less.
+# By Little's law: 8 TB/s over 148 multiprocessors (sm_100) times 1 us of latency; sm_80 and sm_90
+# need less.
 BYTES_IN_FLIGHT = 54_000
 
 

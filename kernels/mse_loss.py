@@ -56,7 +56,7 @@ def _partial_sums_limits(specialised):
     )
     return elementwise._replace(
         store_bytes=specialised.itemsize("partials"),
-        shared_bytes=WARPS * specialised.itemsize("partials"),
+        shared_bytes=WARPS * max(specialised.itemsize("input"), 4),  # in the type of the sums
     )
 
 

@@ -169,8 +169,7 @@ def check_triton(rows: list[Row]) -> None:
         importlib.import_module(f"pyext.kernels.{op}")
     from pyext.kernels._limits import LIMITS
 
-    stated = set(LIMITS) - {"_add_parts_kernel"}  # launched where K is split
-    assert stated <= {row.kernel for row in rows}
+    assert set(LIMITS) == {row.kernel for row in rows}
     for row in rows:
         for name in row.instruction_counts:
             if name.startswith("LDGSTS"):  # the operands of a pipelined product: none is narrower

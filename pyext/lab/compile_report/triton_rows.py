@@ -23,7 +23,6 @@ from pyext.lab import isolated
 from pyext.lab.compile_report import machine_code
 from pyext.lab.compile_report.row import Row, make_row
 
-INPUTS = ("smallest", "benchmarks", "samples")
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in registry.FLOATING_DTYPES)
 LARGEST_COST = 2**28  # bytes that a call may touch; its operands are allocated on the CPU
 
@@ -48,7 +47,8 @@ def rows(
         dtypes: of the ops' tensors.
         inputs: ``benchmarks`` (the shapes that speed is measured at, as far as they fit this
             machine's memory), ``smallest`` (the smallest of these only) or ``samples`` (everything
-            an op must accept: strided, unaligned, odd, empty).
+            an op must accept: strided, unaligned, odd, empty). A kernel that the first two do not
+            launch is compiled for the samples that do.
         cache: Triton's cache folder; by default the user's.
 
     Raises:
@@ -105,6 +105,7 @@ class _Compiler:
 
         self.architecture = architecture
         self.launched: list[tuple[str, Any]] = []
+        self.wanted: set[str] | None = None  # the kernels to compile; None: all
         target = GPUTarget("cuda", machine_code.capability(architecture), 32)
 
         class CompileOnlyDriver:
@@ -121,14 +122,26 @@ class _Compiler:
         run = JITFunction.run
 
         def compile_only(kernel, *args, grid, warmup, **options):
-            compiled = run(kernel, *args, grid=grid, warmup=True, **options)
-            self.launched.append((kernel.__name__, compiled))
+            if self.wanted is None or kernel.__name__ in self.wanted:
+                compiled = run(kernel, *args, grid=grid, warmup=True, **options)
+                self.launched.append((kernel.__name__, compiled))
 
         JITFunction.run = compile_only
         TritonBackend.unavailable = lambda self, device, op=None: None
 
     def rows(self, dtype: torch.dtype, inputs: str) -> Iterator[Row]:
         """A row per distinct binary, as soon as it was compiled."""
+        found = set()
+        self.wanted = None
+        for row in self._rows(dtype, inputs):
+            found.add(row.kernel)
+            yield row
+        # Not every kernel has a benchmark: a loss without reduction, say.
+        self.wanted = self._stated() - found
+        if self.wanted:
+            yield from self._rows(dtype, "samples")
+
+    def _rows(self, dtype: torch.dtype, inputs: str) -> Iterator[Row]:
         seen = set()
         for op in registry.ops().values():
             for label, args, kwargs in _calls(op, dtype, inputs):
@@ -140,6 +153,13 @@ class _Compiler:
                         seen.add(compiled.hash)
                         yield self._row(name, compiled, f"{op.name} {label}")
                 self.launched.clear()
+
+    @staticmethod
+    def _stated() -> set[str]:
+        """Every kernel that states limits."""
+        from pyext.kernels._limits import LIMITS
+
+        return set(LIMITS)
 
     def _row(self, name: str, compiled: Any, example: str) -> Row:
         from pyext.kernels._limits import LIMITS
