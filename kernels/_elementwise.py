@@ -30,7 +30,7 @@ def block_size(n, itemsize):
 def elementwise_limits(specialised, inputs, out, spill_bytes=0):
     """Limits of a kernel that reads the dense tensors ``inputs`` and writes ``out``, each program
     BYTES_PER_PROGRAM of each: 16-byte accesses where all are aligned (and n is not 1, a constant
-    that leaves only the masked tail), and as many programs as keep a multiprocessor's memory busy."""
+    that leaves only the masked tail), and as many programs as keep the memory busy."""
     programs = -(-BYTES_IN_FLIGHT // (BYTES_PER_PROGRAM * len(inputs)))
     aligned = specialised.aligned(*inputs, out) and "n" not in specialised.constants
     return Limits(
