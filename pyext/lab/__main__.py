@@ -1,8 +1,8 @@
 """``python -m pyext.lab``: what is done to the ops as a whole.
 
 ``report DIR`` shows a result file once more; ``compile-report`` what the compilers made of the
-kernels; ``mutants`` plants bugs and shows what catches them; ``gpu-suite`` does on an NVIDIA GPU all
-that needs one.
+kernels; ``mutants`` plants bugs and shows what catches them; ``gpu-suite`` does on an NVIDIA GPU
+all that needs one.
 """
 
 from __future__ import annotations
