@@ -64,7 +64,7 @@ class _KernelBackend(Backend):
         self._load()
         namespace = getattr(torch.ops, self.namespace)
         for op in registry.ops().values():
-            for raw_op in op.raw_ops:
+            for raw_op in op.raw_ops + op.cpu_raw_ops:
                 if hasattr(namespace, raw_op.name):
                     torch.library.register_fake(f"{self.namespace}::{raw_op.name}", raw_op.fake)
         Differentiable.make_shells(namespace)
@@ -73,10 +73,13 @@ class _KernelBackend(Backend):
     def _load(self) -> None:
         raise NotImplementedError
 
+    def _raw_ops(self, op: registry.Op) -> tuple[registry.RawOp, ...]:
+        return op.raw_ops
+
     def _missing(self, op: str | None) -> str | None:
         """The first raw op that this backend lacks, as a sentence."""
         wanted = registry.ops().values() if op is None else (registry.get(op),)
-        for name in (raw_op.name for each in wanted for raw_op in each.raw_ops):
+        for name in (raw_op.name for each in wanted for raw_op in self._raw_ops(each)):
             if not hasattr(self.raw, name):
                 return f"{self.namespace}::{name} is not registered; {_REBUILD}"
         return None
@@ -96,6 +99,9 @@ class ExtensionBackend(_KernelBackend):
         if torch.device(device).type == "cuda" and _load_errors()["cuda"]:
             return _load_errors()["cuda"]
         return self._missing(op)
+
+    def _raw_ops(self, op: registry.Op) -> tuple[registry.RawOp, ...]:
+        return op.raw_ops + op.cpu_raw_ops
 
     def _load(self) -> None:
         if error := _load_errors()["cpu"]:

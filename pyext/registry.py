@@ -95,6 +95,8 @@ class Op:
     """Updates its arguments in place and has no derivative."""
     dtypes: tuple[torch.dtype, ...] = FLOATING_DTYPES
     """Floating dtypes; others that a forward accepts are among ``sample_inputs``."""
+    cpu_raw_ops: tuple[RawOp, ...] = ()
+    """Those that only ``extension`` has, for CPU tensors: fusions of ``raw_ops`` that pay there."""
     by_hand: Callable[..., Any] | None = None
     """The ``eager-inplace`` peer: the same work written by hand without autograd. The same
     arguments, then the gradient of an output that is not a 0-d loss; returns the loss or output and

@@ -73,6 +73,49 @@ def test_mse_loss_promotes_and_broadcasts_as_pytorch(reduction, backend, device)
                 torch.testing.assert_close(ours_grad, theirs_grad)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+def test_mse_loss_can_be_differentiated_again_and_again(dtype, reduction, backend, device):
+    """The gradient may have been computed in the forward pass, for one backward and a grad of 1."""
+    target = torch.linspace(0.25, 2, 8, dtype=dtype, device=device)
+    input, reference = (target.mul(-2).requires_grad_() for _ in range(2))
+    loss = P.mse_loss(input, target, reduction, backend=backend)
+    expected = F.mse_loss(reference, target, reduction=reduction)
+    for scale in (1.0, 64.0, 0.5):
+        upstream = torch.tensor(scale, dtype=dtype, device=device)
+        (grad,) = torch.autograd.grad(loss, input, upstream, retain_graph=True)
+        (expected_grad,) = torch.autograd.grad(expected, reference, upstream, retain_graph=True)
+        torch.testing.assert_close(grad, expected_grad, rtol=4 * torch.finfo(dtype).eps, atol=0)
+        grad.fill_(torch.nan)  # the caller's own: the next one must not see it
+    (grad,) = torch.autograd.grad(loss, input, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), input)
+    per_element = 2 / 8 if reduction == "mean" else 2
+    torch.testing.assert_close(second, torch.full_like(second, per_element))
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+def test_mse_loss_scales_its_first_gradient_and_frees_the_graph(scale, backend, device):
+    target = torch.ones(7, device=device)
+    input = torch.full((7,), 2.0, device=device, requires_grad=True)
+    loss = P.mse_loss(input, target, "sum", backend=backend)
+    (loss * scale).backward()
+    assert input.grad.tolist() == [2 * scale] * 7
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+def test_mse_loss_refuses_backward_after_an_operand_was_changed(backend, device):
+    input = torch.ones(7, device=device, requires_grad=True)
+    target = torch.zeros(7, device=device)
+    loss = P.mse_loss(input, target, backend=backend)
+    target.fill_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
 def test_mse_loss_of_nothing(backend, device):
     empty = torch.ones(0, 3, device=device)

@@ -21,7 +21,7 @@ from support import (
 )
 
 from pyext import registry
-from pyext.backends import BACKENDS
+from pyext.backends import BACKENDS, backends
 from pyext.lab import check
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a target size")
@@ -139,6 +139,48 @@ def test_fake_has_the_strides_of_the_real_result(op, raw_op, backend, device):
 
 def _as_tuple(value):
     return value if isinstance(value, tuple) else (value,)
+
+
+@pytest.mark.skipif("extension" not in backends(), reason="the extension was not built")
+@pytest.mark.parametrize("dtype", registry.FLOATING_DTYPES, ids=dtype_id)
+def test_mse_loss_forward_backward_is_forward_and_backward(dtype):
+    (raw_op,) = registry.get("mse_loss").cpu_raw_ops
+    raw = BACKENDS["extension"].raw
+    one = torch.ones((), dtype=dtype)
+    for args in raw_op.samples(torch.device("cpu"), dtype):
+        results = raw.mse_loss_forward_backward(*args)
+        separate = raw.mse_loss_forward(*args), raw.mse_loss_backward(one, *args)
+        for real, fake, same in zip(results, raw_op.fake(*args), separate, strict=True):
+            assert (real.shape, real.stride(), real.dtype) == (
+                fake.shape,
+                fake.stride(),
+                fake.dtype,
+            )
+            assert torch.equal(real.nan_to_num(), same.nan_to_num())
+    args = next(raw_op.samples(torch.device("cpu"), dtype))
+    torch.library.opcheck(raw.mse_loss_forward_backward.default, args)
+
+
+@pytest.mark.skipif("extension" not in backends(), reason="the extension was not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_id)
+def test_large_outputs_are_what_their_parts_are(dtype):
+    """Beyond 16 MiB outputs are written past the caches, in tiles; smaller ones at once."""
+    x = torch.randn(2**24 // dtype.itemsize + 77).to(dtype)[5:]
+    target, grad = torch.randn_like(x), torch.randn_like(x)
+
+    def results(x, target, grad):
+        x = x.clone().requires_grad_()
+        for name, args in (("relu", (x,)), ("mse_loss", (x, target, "none"))):
+            out = registry.get(name).function(*args, backend="extension")
+            yield from (out, *torch.autograd.grad(out, x, grad))
+        loss = registry.get("mse_loss").function(x, target, "sum", backend="extension")
+        yield from torch.autograd.grad(loss, x)
+
+    whole = results(x, target, grad)
+    pieces = zip(*(each.split(2**18) for each in (x, target, grad)), strict=True)
+    parts = zip(*(results(*piece) for piece in pieces), strict=True)
+    for each, part in zip(whole, parts, strict=True):
+        assert torch.equal(each, torch.cat(part))
 
 
 @pytest.mark.parametrize(("backend", "device"), configurations())

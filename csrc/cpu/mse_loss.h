@@ -1,6 +1,7 @@
 // mse_loss: out = (input - target)^2, or the mean or sum of it, and its derivative
 // grad_input = 2 (input - target) grad [/ n]. Bytes moved: forward 2 n items (3 n without a
 // reduction), backward 3 n. Included once per instruction set by common/for_each_isa.h.
+#include "common/stream.h"
 
 // Sums run in this many independent lanes: enough to hide the latency of an add in two 512-bit
 // accumulators of float, and the same on every instruction set so that the order of adds is too.

@@ -8,13 +8,17 @@ namespace pyext {
 namespace {
 
 Tensor relu_forward(const Tensor& x) {
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = in_huge_pages(torch::stable::empty_like(x));
   const Tensor flat_x = with_strides_of(out, x);
   visit_real(x.scalar_type(), "relu_forward", [&]<class T>(Type<T>) {
     const T* x_data = flat_x.const_data_ptr<T>();
     T* out_data = out.mutable_data_ptr<T>();
+    const bool streamed = is_streamed(out);
     torch::stable::parallel_for(0, out.numel(), kGrain, [=](int64_t begin, int64_t end) {
-      PYEXT_ON_BEST_ISA(kernels::relu_forward(x_data + begin, out_data + begin, end - begin));
+      PYEXT_ON_BEST_ISA(kernels::write(
+          out_data + begin, end - begin, streamed, [=](int64_t first, int64_t count, T* to) {
+            kernels::relu_forward(x_data + begin + first, to, count);
+          }));
     });
   });
   return out;
@@ -22,16 +26,20 @@ Tensor relu_forward(const Tensor& x) {
 
 Tensor relu_backward(const Tensor& grad, const Tensor& out) {
   check_like("relu_backward", out, grad);
-  Tensor grad_x = torch::stable::empty_like(out);
+  Tensor grad_x = in_huge_pages(torch::stable::empty_like(out));
   const Tensor flat_grad = with_strides_of(grad_x, grad);
   const Tensor flat_out = with_strides_of(grad_x, out);
   visit_real(out.scalar_type(), "relu_backward", [&]<class T>(Type<T>) {
     const T* grad_data = flat_grad.const_data_ptr<T>();
     const T* out_data = flat_out.const_data_ptr<T>();
     T* grad_x_data = grad_x.mutable_data_ptr<T>();
+    const bool streamed = is_streamed(out);
     torch::stable::parallel_for(0, out.numel(), kGrain, [=](int64_t begin, int64_t end) {
-      PYEXT_ON_BEST_ISA(kernels::relu_backward(
-          grad_data + begin, out_data + begin, grad_x_data + begin, end - begin));
+      PYEXT_ON_BEST_ISA(kernels::write(
+          grad_x_data + begin, end - begin, streamed, [=](int64_t first, int64_t count, T* to) {
+            const int64_t i = begin + first;
+            kernels::relu_backward(grad_data + i, out_data + i, to, count);
+          }));
     });
   });
   return grad_x;

@@ -1,12 +1,15 @@
 // Which instruction sets the kernels are compiled for, and which one this CPU runs.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 
 // GCC honours `#pragma GCC target`; elsewhere (clang, ARM) the compiler's own target is the one.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define PYEXT_MULTIPLE_ISAS 1
+#include <immintrin.h>
 #else
 #define PYEXT_MULTIPLE_ISAS 0
 #endif

@@ -9,8 +9,13 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -87,6 +92,29 @@ inline Tensor with_strides_of(const Tensor& like, const Tensor& t) {
   Tensor copy = torch::stable::empty_like(like);
   torch::stable::copy_(copy, t);
   return copy;
+}
+
+// Outputs from this size on leave the caches before anyone reads them (a core's share of L3 is 16
+// MiB here), so they are written past them.
+constexpr int64_t kStreamedBytes = 16 << 20;
+
+inline bool is_streamed(const Tensor& out) {
+  return out.numel() * int64_t(out.element_size()) >= kStreamedBytes;
+}
+
+// The fresh output itself, which will come in huge pages if it is large and new from the kernel: 64
+// MiB take 32 page faults instead of 16384, and a ReLU 13 ms instead of 40 (2 x Zen 4). Where the
+// system refuses, nothing changes.
+inline Tensor in_huge_pages(Tensor out) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const int64_t bytes = out.numel() * int64_t(out.element_size());
+  const auto data = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
+  const uintptr_t begin = (data + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (data + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return out;
 }
 
 inline Tensor empty_matrix(const Tensor& like, std::initializer_list<int64_t> sizes) {
