@@ -353,20 +353,56 @@ def test_swap_refuses_what_is_no_module():
         lab.swap([nn.ReLU()], "eager")
 
 
-def test_swapped_models_copy_pickle_save_and_load():
-    model, inputs = _model_and_inputs()
-    plain_state = model.state_dict()
-    lab.swap(model, "eager")
-    expected = model(*inputs)
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "torch.save": lambda module: torch.load(_saved(module), weights_only=False),
+}
+
+
+def _saved(value):
     buffer = io.BytesIO()
-    torch.save(model.state_dict(), buffer)
+    torch.save(value, buffer)
     buffer.seek(0)
-    assert list(torch.load(buffer, weights_only=True)) == list(plain_state)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other.head.backend == "eager" and other.relu is other.again
-        torch.testing.assert_close(other(*inputs), expected, rtol=0, atol=0)
-        other.head[0].weight.data.zero_()
-    torch.testing.assert_close(model(*inputs), expected, rtol=0, atol=0)
+    return buffer
+
+
+@pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
+def test_copies_of_swapped_models_compute_the_same_and_share_nothing(backend, make_copy):
+    model, inputs = _model_and_inputs()
+    lab.swap(model, backend)
+    expected = _gradients(model, inputs)
+    other = make_copy(model)
+    assert other.head.backend == other.relu.backend == backend and other.relu is other.again
+    torch.testing.assert_close(_gradients(other, inputs), expected, rtol=0, atol=0)
+    other.head[0].weight.data.zero_()
+    torch.testing.assert_close(_gradients(model, inputs), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
+def test_copies_of_the_modules_keep_their_options(backend, make_copy):
+    relu = make_copy(lab.ReLU(inplace=True, backend=backend))
+    assert type(relu) is lab.ReLU and relu.inplace and relu.backend == backend
+    loss = make_copy(lab.MSELoss("sum", backend=backend))
+    assert type(loss) is lab.MSELoss and (loss.reduction, loss.backend) == ("sum", backend)
+    net = lab.TwoLayerNet(7, 5, 2, backend=backend)
+    other = make_copy(net)
+    assert type(other) is lab.TwoLayerNet and other.backend == backend
+    x = torch.randn(3, 7)
+    torch.testing.assert_close(other(x), net(x), rtol=0, atol=0)
+
+
+def test_state_dicts_go_to_swapped_models_and_back():
+    model, inputs = _model_and_inputs()
+    swapped = copy.deepcopy(model)
+    lab.swap(swapped, "eager")
+    assert list(swapped.state_dict()) == list(model.state_dict())
+    for source, target in ((model, swapped), (swapped, model)):
+        with torch.no_grad():
+            source.head[0].weight.add_(1)
+        state = torch.load(_saved(source.state_dict()), weights_only=True)
+        assert target.load_state_dict(state, strict=True)
+        torch.testing.assert_close(target(*inputs), source(*inputs))
 
 
 def test_swapped_models_compile():

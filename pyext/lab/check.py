@@ -249,7 +249,9 @@ def _clone_strided(value: torch.Tensor) -> torch.Tensor:
     offset = value.data_ptr() % 16 // value.element_size()
     memory = value.new_empty(span + offset)
     copy = memory.as_strided(value.shape, value.stride(), offset)
-    return copy.copy_(value)
+    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in value.stride())
+    copy[once].copy_(value[once])  # an expanded dimension cannot be written as a whole
+    return copy
 
 
 def _double(value: Any) -> Any:
