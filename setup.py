@@ -6,6 +6,7 @@ pyext/_build/toolchain.py; docs/build.md tells the story.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -44,6 +45,7 @@ def compiled_parts() -> tuple[list[Extension], dict[str, type]]:
     # At the end, so that the build environment's own packages win.
     sys.path += [path for path in paths if path not in sys.path]
 
+    toolchain.check_cxx_compiler()
     toolkit = toolchain.plan_cuda(torch, paths)
     if isinstance(toolkit, CudaToolkit):
         # torch.utils.cpp_extension reads both.
@@ -58,7 +60,15 @@ def compiled_parts() -> tuple[list[Extension], dict[str, type]]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     folder = ROOT / "build" / "setuptools" / f"{sys.implementation.cache_tag}-torch-{torch.version}"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise toolchain.BuildError(
+            f"cannot write to {folder} ({error.strerror}): the build keeps its objects there. "
+            "Build from a copy of the sources that you may write to."
+        ) from None
     extensions = []
     if sources("csrc/cpu/*.cpp"):
         extensions.append(
@@ -132,8 +142,8 @@ def link_cuda_runtime(toolkit: CudaToolkit, folder: Path) -> Path:
 
 def write_build_info(header: Path, torch: Torch, toolkit: CudaToolkit | str) -> None:
     """What `pyext._introspect` reports; written only where it changed, or it would recompile."""
-    compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
-    version = toolchain.output_of([compiler.split()[0], "--version"]) or compiler
+    compiler = toolchain.cxx_compiler()
+    version = toolchain.output_of([compiler, "--version"]) or compiler
     with_cuda = isinstance(toolkit, CudaToolkit)
     info = {
         "compiler": version.partition("\n")[0],

@@ -210,24 +210,50 @@ def test_the_switch_has_three_values(monkeypatch):
 
 
 def test_setup_says_in_a_sentence_that_cuda_was_asked_for_in_vain():
-    program = (
-        "import runpy, sys\n"
-        f"sys.path.insert(0, {str(BUILD_FOLDER)!r})\n"
-        "import toolchain\n"
-        "toolchain.find_cuda_toolkit = lambda cuda, paths: 'no compiler in this test'\n"
-        "sys.argv = ['setup.py', 'build_ext', '--inplace']\n"
-        "runpy.run_path('setup.py')\n"
-    )
-    finished = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env={**toolchain.os.environ, "PYEXT_CUDA": "1"},
-        capture_output=True,
-        text=True,
-    )
+    refuse = "toolchain.find_cuda_toolkit = lambda cuda, paths: 'no compiler in this test'"
+    finished = run_setup(refuse, PYEXT_CUDA="1")
     assert finished.returncode == 1
     assert finished.stderr.startswith("pyext: PYEXT_CUDA=1, but the CUDA kernels cannot be built")
     assert finished.stderr.count("\n") == 1
+
+
+def run_setup(preparation="", **variables):
+    """setup.py's in-place build, after some preparation; it must end before it compiles."""
+    program = (
+        "import runpy, sys\n"
+        f"sys.path.insert(0, {str(BUILD_FOLDER)!r})\n"
+        f"import toolchain\n{preparation}\n"
+        "sys.argv = ['setup.py', 'build_ext', '--inplace']\n"
+        "runpy.run_path('setup.py')\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**toolchain.os.environ, **variables},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_setup_says_in_a_sentence_that_there_is_no_compiler():
+    finished = run_setup(CXX="no-such-compiler -O2")
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("pyext: no C++ compiler was found (no-such-compiler).")
+    assert finished.stderr.count("\n") == 1
+
+
+def test_setup_says_in_a_sentence_that_the_sources_are_read_only():
+    # Not by permissions: the superuser may write anywhere.
+    refuse = (
+        "import pathlib\n"
+        "def mkdir(self, *a, **k): raise OSError(30, 'Read-only file system')\n"
+        "pathlib.Path.mkdir = mkdir\n"
+    )
+    finished = run_setup(refuse, PYEXT_CUDA="0")
+    assert finished.returncode == 1
+    last = finished.stderr.splitlines()[-1]
+    assert last.startswith("pyext: cannot write to ") and "(Read-only file system)" in last
+    assert "Traceback" not in finished.stderr
 
 
 def test_a_fragment_of_a_toolkit_on_the_machine_is_not_taken(monkeypatch, tmp_path):

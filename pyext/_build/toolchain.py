@@ -284,6 +284,22 @@ def output_of(command: list[str]) -> str | None:
         return None
 
 
+def cxx_compiler() -> str:
+    """The C++ compiler's program: CXX, or the one that Python was built with."""
+    command = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+    return command.split()[0]
+
+
+def check_cxx_compiler() -> None:
+    """Raises BuildError where there is no C++ compiler."""
+    compiler = cxx_compiler()
+    if shutil.which(compiler) is None:
+        raise BuildError(
+            f"no C++ compiler was found ({compiler}). Install one (such as the package g++ or "
+            "gcc-c++), or name it in CXX."
+        )
+
+
 def plan_cuda(torch: Torch, paths: Iterable[str]) -> CudaToolkit | str:
     """The toolkit for the CUDA library, or why that library is left out.
 
