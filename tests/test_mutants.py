@@ -150,7 +150,9 @@ def copy(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_text(name)
     library = tmp_path / "pyext/_C_cpu.so"
-    scratch = Scratch(tmp_path, built={"cpp": Built(sha256(library), {}, set())})
+    scratch = Scratch(
+        tmp_path, built={"cpp": Built("pyext/_C_cpu.so", sha256(library), frozenset())}
+    )
     files = (tmp_path / "pyext/a.py", library)
     run = Run("passed", None, "", 1, {str(path): sha256(path) for path in files})
     mutant = Mutant("python-a", "a", "pyext/a.py", ())
@@ -187,7 +189,7 @@ def test_a_mutant_outside_of_the_library_is_a_defect(copy, monkeypatch):
     path = scratch.folder / "csrc/cpu/forgotten.h"
     path.parent.mkdir(parents=True)
     path.write_text("a\n")
-    monkeypatch.setattr(Scratch, "build", lambda self, name: self.built[name])
+    monkeypatch.setattr(Scratch, "build", lambda self, names: None)
     mutant = Mutant("cpp-x", "x", "csrc/cpu/forgotten.h", (Edit(0, ("a\n",), ("b\n",)),))
     row = trial.try_mutant(scratch, mutant, {"cpp": "0"}, {})
     assert row.status == "defect" and "no part of the library" in row.by
@@ -217,8 +219,8 @@ def pretend(monkeypatch):
     """Replaces the trials: nothing is built, and each mutant's row is what the test says."""
 
     def use(row_of):
-        def build(self, name):
-            self.built[name] = Built("0", {}, set())
+        def build(self, names):
+            self.built |= {name: Built("", "0", frozenset()) for name in names}
 
         monkeypatch.setattr(Scratch, "build", build)
         monkeypatch.setattr(Scratch, "of_project", lambda folder, jobs: Scratch(folder, jobs))

@@ -234,12 +234,42 @@ def test_every_output_element_is_written_and_results_repeat(op, backend, device)
                 )
 
 
+@pytest.mark.parametrize(("backend", "device"), configurations())
+@pytest.mark.parametrize(("op", "raw_op"), raw_ops())
+def test_nothing_outside_of_the_operands_is_read(op, raw_op, backend, device):
+    """NaN lies around the operands and between their elements; one that is read spreads."""
+    overload = getattr(BACKENDS[backend].raw, raw_op.name)
+    for args in raw_op.samples(torch.device(device), torch.float32):
+        results = []
+        for surroundings in (0.0, float("nan")):
+            copies = [_surrounded(each, surroundings) for each in args]
+            results.append((*_as_tuple(overload(*copies)), *filter(torch.is_tensor, copies)))
+        for clean, other in zip(*results, strict=True):
+            torch.testing.assert_close(other, clean, rtol=0, atol=0, equal_nan=True)
+
+
+def _surrounded(value, filler: float):
+    """A copy with the same strides and the same offset to a 16-byte boundary, amid ``filler``."""
+    if not torch.is_tensor(value) or not value.numel():
+        return value
+    offset = 64 + value.data_ptr() % 16 // value.element_size()
+    span = sum(s * (n - 1) for s, n in zip(value.stride(), value.shape, strict=True)) + 1
+    memory = value.new_full((offset + span + 64,), filler)
+    copy = memory.as_strided(value.shape, value.stride(), offset)
+    once = tuple(slice(0, 1) if s == 0 else slice(None) for s in value.stride())
+    copy[once] = value[once]
+    return copy
+
+
 @pytest.mark.parametrize("op", registry.ops().values(), ids=lambda op: op.name)
-def test_result_does_not_depend_on_the_thread_count(op):
+def test_large_result_is_right_and_does_not_depend_on_the_thread_count(op):
     if reason := BACKENDS["extension"].unavailable("cpu"):
         pytest.skip(reason)
     shape = {1: (200_003,), 4: (203, 700, 301, 37)}[len(op.shape_names)]
-    args = op.benchmark_inputs(shape, torch.float32, "cpu", torch.Generator().manual_seed(0))
+    inputs = op.benchmark_inputs(shape, torch.float32, "cpu", torch.Generator().manual_seed(0))
+    args = with_visible_step(op, inputs)
+    result = check.verify(op, through(op, "extension"), args)
+    assert result.ok, result.detail
     threads = torch.get_num_threads()
     results = []
     try:

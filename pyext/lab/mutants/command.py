@@ -211,7 +211,7 @@ class Session:
         task = progress.add_task("building", total=jobs, what="the unmutated libraries")
         scratches = [Scratch.of_project(self.folder / "0", jobs)]
         libraries = {name for way in self.plan.ways for name in CHECKS[way].libraries}
-        scratches[0].build_all(libraries)
+        scratches[0].build(libraries)
         self.original = {name: scratches[0].built[name].sha256 for name in libraries}
         progress.update(task, advance=1)
         for i in range(1, jobs):
@@ -289,8 +289,8 @@ class Session:
     def _original_outputs(self, way: str, scratch: Scratch) -> dict[str, str]:
         with self.lock:  # else two threads would compute the same
             if way not in self.outputs:
-                scratch.build_all(CHECKS[way].libraries)
-                self.outputs[way] = trial.run_outputs(scratch, CHECKS[way].backend) or {}
+                scratch.build(CHECKS[way].libraries)
+                self.outputs[way] = trial.run_outputs(scratch, CHECKS[way]) or {}
             return self.outputs[way]
 
     def _control_passed(self) -> bool:
@@ -337,7 +337,7 @@ def _with(free: queue.SimpleQueue, function, *arguments):
 def _answer_of(way: str, tests: list[str], scratch: Scratch) -> str:
     """What these tests say of the unmutated copy."""
     checks = CHECKS[way]
-    scratch.build_all(checks.libraries)
+    scratch.build(checks.libraries)
     try:
         run = trial.run_tests(scratch, tests)
         trial.check_evidence(scratch, run, checks.libraries)

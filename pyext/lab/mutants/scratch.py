@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shlex
 import shutil
 import subprocess
 import sysconfig
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
-from pyext._build import toolchain
+from pyext._build import emulator, toolchain
 from pyext.lab.mutants.patches import Mutant
 from pyext.lab.mutants.witness import sha256
 
@@ -28,41 +31,29 @@ class BuildFailed(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Library:
-    """How one library of ops is built; all paths are relative to the copy."""
+class Built:
+    """A library as it was last built."""
 
     file: str
-    sources: str
-    flags: tuple[str, ...]
-
-
-LIBRARIES = {
-    "cpp": Library(
-        "pyext/_C_cpu.so",
-        "csrc/cpu/*.cpp",
-        (*toolchain.CXX_FLAGS, "-g0", "-Icsrc/cpu"),
-    ),
-}
-"""Way -> the library that its mutants are in."""
-
-
-@dataclass
-class Built:
-    """A library as it was last linked."""
-
+    """Relative to the copy."""
     sha256: str
-    objects: dict[str, Path]
-    dependencies: set[str]
-    """Every file of the project that went into it."""
+    compiled: frozenset[str]
+    """Every file of the project that went into objects which are newer than it."""
+
+
+class Library(Protocol):
+    """How one library of ops is built in a scratch copy."""
+
+    def build(self, root: Path, jobs: int) -> Built:
+        """Brings it up to date with the sources; raises ``BuildFailed``."""
+
+    def restore(self, root: Path) -> None:
+        """Called when a mutated source is as it was."""
 
 
 @dataclass
 class Scratch:
-    """A copy of the project's sources below ``folder``, and what was built there.
-
-    The compiler runs in the copy with relative paths, so that a copy of the copy needs no rebuild.
-    An object is named after a hash of what went into it: after a mutant, the originals are back.
-    """
+    """A copy of the project's sources below ``folder``, and what was built there."""
 
     folder: Path
     jobs: int = 1
@@ -91,91 +82,132 @@ class Scratch:
     def mutated(self, mutant: Mutant) -> Iterator[None]:
         """Within the ``with`` block the mutant's file has the bug in it."""
         path = self.folder / mutant.path
-        original = path.read_bytes()
+        original, times = path.read_bytes(), path.stat()
         path.write_bytes(mutant.apply(original.decode()).encode())
         try:
             yield
         finally:
             path.write_bytes(original)
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+            if mutant.way in self.built:
+                LIBRARIES[mutant.way].restore(self.folder)
 
-    def library(self, name: str) -> str:
-        """The file of a library, relative to the copy."""
-        return LIBRARIES[name].file
-
-    def build_all(self, names: Iterable[str]) -> None:
-        """Brings these libraries up to date with the sources; raises ``BuildFailed``."""
-        for name in names:
-            self.build(name)
-
-    def build(self, name: str) -> Built:
-        """Brings a library up to date with the sources.
+    def build(self, names: Iterable[str]) -> None:
+        """Brings these libraries up to date with the sources.
 
         Raises:
             BuildFailed: the sources do not compile.
         """
-        library, last = LIBRARIES[name], self.built.get(name)
-        sources = sorted(
-            path.relative_to(self.folder).as_posix() for path in self.folder.glob(library.sources)
-        )
-        with ThreadPoolExecutor(self.jobs) as pool:
-            compiled = list(pool.map(lambda source: self._compile(library, source), sources))
-        objects = {source: path for source, (path, _) in zip(sources, compiled, strict=True)}
-        if last is None or last.objects != objects:
-            self._link(library, list(objects.values()))
-            dependencies = set().union(*(found for _, found in compiled))
-            file = self.folder / library.file
-            self.built[name] = Built(sha256(file), objects, dependencies)
-        return self.built[name]
+        for name in names:
+            self.built[name] = LIBRARIES[name].build(self.folder, self.jobs)
 
-    def _compile(self, library: Library, source: str) -> tuple[Path, set[str]]:
-        """The object (relative) of a source and the files that it was made of."""
-        folder = Path("build", Path(library.file).stem)
-        (self.folder / folder).mkdir(parents=True, exist_ok=True)
-        depfile = self.folder / folder / f"{Path(source).stem}.d"
-        command = [*_compiler(), *library.flags, *_torch_includes(), "-fPIC", "-x", "c++"]
-        if depfile.exists():  # an include is in no mutant, so the files are the same ones
-            dependencies = _read_depfile(depfile)
-        else:
-            dependencies = self._dependencies([*command, "-MM", source], depfile)
-        key = hashlib.sha256(shlex.join(command).encode())
+
+class CpuLibrary:
+    """The C++ kernels, with the flags of setup.py but without its start-up time.
+
+    The compiler runs in the copy with relative paths, and an object is named after a hash of all
+    that went into it. So every copy, and the next run, finds what was compiled before.
+    """
+
+    OBJECTS = ROOT / "build" / "mutants"
+
+    FILE = "pyext/_C_cpu.so"
+    FLAGS = (*toolchain.CXX_FLAGS, "-g0", "-fPIC", "-Icsrc/cpu")
+
+    def build(self, root: Path, jobs: int) -> Built:
+        sources = sorted(path.relative_to(root).as_posix() for path in root.glob("csrc/cpu/*.cpp"))
+        with ThreadPoolExecutor(jobs) as pool:
+            objects = list(pool.map(lambda source: self._compile(root, source), sources))
+        self._link(root, [name for name, _ in objects])
+        files = frozenset().union(*(dependencies for _, dependencies in objects))
+        return Built(self.FILE, sha256(root / self.FILE), files)
+
+    def restore(self, root: Path) -> None:
+        """Nothing to do: the next build finds the objects of the original."""
+
+    def _compile(self, root: Path, source: str) -> tuple[str, frozenset[str]]:
+        """The object of a source and the project's files that it was made of."""
+        folder = Path("build", "cpu")
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        depfile = folder / f"{Path(source).stem}.d"
+        command = [*_compiler(), *self.FLAGS, "-isystem", f"{_torch().folder}/include"]
+        if not (root / depfile).exists():  # no mutant changes an include
+            _run([*command, "-MM", source, "-MF", str(depfile)], root)
+        dependencies = _read_depfile(root / depfile)
+        key = hashlib.sha256(shlex.join([*command, _compiler_version()]).encode())
         for each in sorted(dependencies):
-            key.update(each.encode() + (self.folder / each).read_bytes())
-        object_file = folder / f"{Path(source).stem}-{key.hexdigest()[:16]}.o"
-        if not (self.folder / object_file).exists():
-            self._run([*command, "-c", source, "-o", str(object_file)])
-        return object_file, dependencies
+            key.update(each.encode() + (root / each).read_bytes())
+        self.OBJECTS.mkdir(parents=True, exist_ok=True)
+        object_file = self.OBJECTS / f"{Path(source).stem}-{key.hexdigest()[:24]}.o"
+        if not object_file.exists():
+            new = object_file.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+            _run([*command, "-c", source, "-o", str(new)], root)
+            new.replace(object_file)
+        return str(object_file), dependencies
 
-    def _dependencies(self, command: list[str], depfile: Path) -> set[str]:
-        self._run([*command, "-MF", str(depfile)])
-        return _read_depfile(depfile)
+    def _link(self, root: Path, objects: list[str]) -> None:
+        new, folder = f"{self.FILE}.new", f"{_torch().folder}/lib"
+        libraries = [f"-L{folder}", f"-Wl,-rpath,{folder}", "-lc10", "-ltorch", "-ltorch_cpu"]
+        _run([*_compiler(), "-shared", *objects, *libraries, "-o", new], root)
+        (root / new).replace(root / self.FILE)
 
-    def _link(self, library: Library, objects: list[Path]) -> None:
-        torch = toolchain.find_torch(toolchain.search_paths())
-        new = f"{library.file}.new"
-        folder = f"{torch.folder}/lib"
-        self._run(
-            [*_compiler(), "-shared", *map(str, objects), f"-L{folder}", f"-Wl,-rpath,{folder}"]
-            + ["-lc10", "-ltorch", "-ltorch_cpu", "-o", new]
+
+class EmulatedLibrary:
+    """The CUDA kernels in the emulator, built as the backend ``extension-emulated`` builds them.
+
+    ninja goes by times, so the folder of the original's objects is kept and put back.
+    """
+
+    FOLDER, ORIGINAL = Path("build", "emulator"), Path("build", "emulator-original")
+
+    def build(self, root: Path, jobs: int) -> Built:
+        try:
+            library = emulator.build(root, _torch())
+        except toolchain.BuildError as error:
+            raise BuildFailed(str(error)) from None
+        if not (root / self.ORIGINAL).exists():
+            shutil.copytree(root / self.FOLDER, root / self.ORIGINAL)
+        built_at = max(path.stat().st_mtime_ns for path in library.parent.glob("*.o"))
+        files = frozenset(
+            path.relative_to(root).as_posix()
+            for path in root.glob("csrc/**/*")
+            if path.stat().st_mtime_ns < built_at
         )
-        (self.folder / new).replace(self.folder / library.file)
+        return Built(library.relative_to(root).as_posix(), sha256(library), files)
 
-    def _run(self, command: list[str]) -> None:
-        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
-        if done.returncode != 0:
-            errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-            raise BuildFailed((errors or done.stderr.splitlines() or ["no message"])[0])
+    def restore(self, root: Path) -> None:
+        shutil.rmtree(root / self.FOLDER)
+        shutil.copytree(root / self.ORIGINAL, root / self.FOLDER)
+
+
+LIBRARIES: dict[str, Library] = {"cpp": CpuLibrary(), "cuda": EmulatedLibrary()}
+"""Way -> the library that its mutants are in."""
+
+
+def _run(command: list[str], root: Path) -> None:
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    if done.returncode != 0:
+        errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+        raise BuildFailed((errors or done.stderr.splitlines() or ["no message"])[0])
 
 
 def _compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
 
 
-def _torch_includes() -> list[str]:
-    torch = toolchain.find_torch(toolchain.search_paths())
-    return ["-isystem", f"{torch.folder}/include"]
+@functools.cache
+def _compiler_version() -> str:
+    return toolchain.output_of([*_compiler(), "--version"]) or ""
 
 
-def _read_depfile(path: Path) -> set[str]:
+@functools.cache
+def _torch() -> toolchain.Torch:
+    found = toolchain.find_torch(toolchain.search_paths())
+    assert found is not None
+    return found
+
+
+def _read_depfile(path: Path) -> frozenset[str]:
     """The project's files in a depfile: those with a relative path."""
     words = path.read_text().partition(":")[2].replace("\\\n", " ").split()
-    return {os.path.normpath(word) for word in words if not os.path.isabs(word)}
+    return frozenset(os.path.normpath(word) for word in words if not os.path.isabs(word))

@@ -18,7 +18,7 @@ import pytest
 
 REPORT = "PYEXT_WITNESS"
 FIRST = "PYEXT_WITNESS_FIRST"
-"""Tests with this word in their name run first."""
+"""Tests with one of these words in their name run first."""
 
 _said: dict[str, Any] = {"running": None, "passed": 0, "failed": None, "message": ""}
 
@@ -42,9 +42,8 @@ def loaded() -> dict[str, str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    first = os.environ.get(FIRST)
-    if first:
-        items.sort(key=lambda item: first not in item.nodeid)
+    first = os.environ.get(FIRST, "").split()
+    items.sort(key=lambda item: not any(word in item.nodeid for word in first))
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
