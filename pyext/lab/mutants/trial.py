@@ -69,9 +69,8 @@ CHECKS = {
         ("cpp",),
         "extension",
     ),
-    "cuda": Checks(_OPS, "emulated", ("cpp", "cuda"), "extension-emulated"),
     "triton": Checks(
-        ("tests/test_triton.py", *_OPS, "tests/test_triton_compile.py"),
+        ("tests/test_triton.py", *_OPS, "tests/test_compile_report.py"),
         "triton",
         ("cpp",),
         "triton",
