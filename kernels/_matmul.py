@@ -148,15 +148,16 @@ def _stored_itemsize(specialised):
 
 def _matmul_limits(specialised):
     """One program on a multiprocessor at least, in what sm_80 has of shared memory (163 KiB a
-    program): choose_tiling gives the large tiles all registers. Loads are as wide as VECTOR says;
-    stores follow the layout of the sums in registers, so a single element is all that is promised.
+    program): choose_tiling gives the large tiles all registers. Loads of aligned operands are as
+    wide as VECTOR says; stores follow the layout of the sums in registers, so that a single element
+    is all that is promised.
 
     spill_bytes: two registers that are set aside before the loop over K cost nothing.
     """
-    itemsize = specialised.itemsize("a")
+    itemsize, vector = specialised.itemsize("a"), specialised.constants["VECTOR"]
     return Limits(
         registers=registers_for(1, specialised.threads),
-        load_bytes=specialised.constants["VECTOR"] * itemsize,
+        load_bytes=itemsize * (vector if specialised.aligned("a", "b") else 1),
         store_bytes=_stored_itemsize(specialised),
         shared_bytes=163 * 1024,
         spill_bytes=8,
