@@ -61,8 +61,8 @@ void check_product(int64_t m, int64_t n, int64_t depth, bool transpose_a, bool t
 
 template <class T>
 void check_sizes() {
-  for (int64_t m : {0, 1, 5, 14, 29, 97})
-    for (int64_t n : {0, 1, 10, 16, 33, 100})
+  for (int64_t m : {0, 1, 4, 5, 14, 29, 97})
+    for (int64_t n : {0, 1, 10, 16, 33, 52, 97, 100, 112})
       for (int64_t depth : {0, 1, 7, 64, 513})
         for (int transposed = 0; transposed < 4; ++transposed)
           check_product<T>(m, n, depth, transposed & 1, transposed & 2, 1);

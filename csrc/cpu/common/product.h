@@ -179,6 +179,71 @@ void tiled_product(const Operands<Acc>& of, const Parallel& parallel) {
   }
 }
 
+#if PYEXT_VECTOR_REGISTERS == 32
+// A matrix of B this large is read in place by every slab of rows, from L2.
+constexpr int64_t kDirectBytes = 512 << 10;
+constexpr int kDirectRows = 4, kDirectVectors = 7;
+
+// c = a @ b for a slab of rows and all columns of B where it lies: 28 accumulators, and one vector
+// of B at a time. The last vector overlaps the one before, so that nothing is read past a row's end.
+template <class Acc>
+__attribute__((noinline)) void direct_microkernel(int64_t depth, const Acc* a, int64_t a_row_stride,
+                                                  int64_t a_step, const Acc* b, int64_t b_step,
+                                                  int64_t columns, Acc* c, bool accumulate) {
+  using V = typename Vector<Acc>::type;
+  typedef V Unaligned __attribute__((aligned(alignof(Acc))));
+  constexpr int64_t lanes = Vector<Acc>::lanes;
+  const auto vector = [=](int j) { return j < kDirectVectors - 1 ? j * lanes : columns - lanes; };
+  V acc[kDirectRows][kDirectVectors] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    Acc a_column[kDirectRows];
+    for (int i = 0; i < kDirectRows; ++i) a_column[i] = a[i * a_row_stride];
+    for (int j = 0; j < kDirectVectors; ++j) {
+      const V b_vector = *reinterpret_cast<const Unaligned*>(b + vector(j));
+      for (int i = 0; i < kDirectRows; ++i) acc[i][j] += a_column[i] * b_vector;
+    }
+    a += a_step;
+    b += b_step;
+  }
+  for (int i = 0; i < kDirectRows; ++i) {
+    // All of a row is read before any of it is written, because of the overlap.
+    if (accumulate)
+      for (int j = 0; j < kDirectVectors; ++j)
+        acc[i][j] += *reinterpret_cast<const Unaligned*>(c + i * columns + vector(j));
+    for (int j = 0; j < kDirectVectors; ++j)
+      *reinterpret_cast<Unaligned*>(c + i * columns + vector(j)) = acc[i][j];
+  }
+}
+
+// Whether the product can do without packing: a hidden layer of 100 fits one panel of seven vectors.
+template <class Acc>
+bool is_direct(const Matrix<const Acc>& a, const Matrix<const Acc>& b) {
+  constexpr int64_t lanes = Vector<Acc>::lanes;
+  return divide_up(b.columns, lanes) == kDirectVectors && b.column_stride == 1 &&
+         a.rows >= kDirectRows && b.rows * b.row_stride * int64_t(sizeof(Acc)) <= kDirectBytes;
+}
+
+// The sums are those of the packed product, in the same order.
+template <class Acc, class Parallel, class Epilogue>
+void direct_product(const Matrix<const Acc>& a, const Matrix<const Acc>& b,
+                    const Parallel& parallel, const Epilogue& epilogue) {
+  const int64_t n = b.columns;
+  const int64_t threads = a.rows * n * b.rows < kSerialWork ? 1 : parallel.threads;
+  parallel(divide_up(a.rows, kDirectRows), threads, [&](int64_t begin, int64_t end) {
+    Acc sums[kDirectRows * kDirectVectors * Vector<Acc>::lanes];
+    for (int64_t slab = begin; slab < end; ++slab) {
+      // The last slab repeats rows of the one before rather than having fewer.
+      const int64_t first = slab * kDirectRows, i = std::min(first, a.rows - kDirectRows);
+      for (int64_t k = 0; k == 0 || k < b.rows; k += kSumBlock)
+        direct_microkernel<Acc>(std::min(kSumBlock, b.rows - k), a.data + i * a.row_stride +
+                                k * a.column_stride, a.row_stride, a.column_stride,
+                                b.data + k * b.row_stride, b.row_stride, n, sums, k > 0);
+      for (int64_t r = first - i; r < kDirectRows; ++r) epilogue(i + r, 0, n, sums + r * n);
+    }
+  });
+}
+#endif
+
 // epilogue(i, j, count, sums): row i, columns j … j + count of A @ B, in the accumulation type. It
 // is called once for every element, from several threads, each call's elements on one of them.
 template <class Acc, class TA, class TB, class Parallel, class Epilogue>
@@ -186,6 +251,10 @@ void product(const Matrix<const TA>& a, const Matrix<const TB>& b, const Paralle
              const Epilogue& epilogue) {
   if (a.rows == 0 || b.columns == 0) return;
   constexpr int64_t lanes = Vector<Acc>::lanes;
+#if PYEXT_VECTOR_REGISTERS == 32
+  if constexpr (std::is_same_v<TA, Acc> && std::is_same_v<TB, Acc>)
+    if (is_direct(a, b)) return direct_product(a, b, parallel, epilogue);
+#endif
   const auto finish = [&](int64_t i, int64_t rows, int64_t j, int64_t columns, const Acc* sums,
                           int64_t stride) {
     for (int64_t r = 0; r < rows; ++r) epilogue(i + r, j, columns, sums + r * stride);
