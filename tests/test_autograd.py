@@ -5,6 +5,9 @@ docs/autograd.md states these promises. gradcheck and gradgradcheck are in test_
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from support import configurations, through
@@ -253,6 +256,45 @@ def test_one_tensor_may_be_several_arguments(backend, device):
             for f in (through(op, backend), op.eager)
         )
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_loss_with_a_constant_target_keeps_the_contract(reduction, backend, device):
+    """Forward may then compute the gradient, too, and the first backward use it up."""
+    shape = {"dtype": torch.float64, "device": device}
+    x, y = torch.randn(5, 7, **shape).requires_grad_(), torch.randn(5, 7, **shape)
+    v = torch.tensor(3.0, **shape)
+
+    def loss(x):
+        return P.mse_loss(x, y, reduction, backend=backend)
+
+    def reference(x):
+        return torch.nn.functional.mse_loss(x, y, reduction=reduction)
+
+    (expected,) = torch.autograd.grad(reference(x), x, v)
+    out = loss(x)
+    for _ in range(3):
+        (grad,) = torch.autograd.grad(out, x, v, retain_graph=True)
+        torch.testing.assert_close(grad, expected)
+    batch = torch.stack([v, -v])
+    (batched,) = torch.autograd.grad(loss(x), x, batch, is_grads_batched=True)
+    torch.testing.assert_close(batched, torch.stack([expected, -expected]))
+    (grad,) = torch.autograd.grad(loss(x), x, v, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), x)
+    (again,) = torch.autograd.grad(reference(x), x, v, create_graph=True)
+    (expected_second,) = torch.autograd.grad(again.square().sum(), x)
+    torch.testing.assert_close((grad, second), (again, expected_second))
+    out = loss(x)
+    start = threading.Barrier(4)
+
+    def backward(_):
+        start.wait()
+        return torch.autograd.grad(out, x, v, retain_graph=True)[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        for grad in pool.map(backward, range(4)):
+            torch.testing.assert_close(grad, expected)
 
 
 SAVED = {

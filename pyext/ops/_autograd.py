@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
+from torch._C._functorch import is_legacy_batchedtensor as _is_legacy_batchedtensor
 from torch.autograd import Function, forward_ad
 
 Saved = tuple[tuple[Any, ...], tuple[Any, ...]]
@@ -129,9 +130,11 @@ def _make_shells(formulas: type[Formulas], namespace: str) -> SimpleNamespace:
         )
 
     def backward_by_gradient(ctx, *grads):
-        gradient, ctx.gradient = ctx.gradient, None
+        gradient = vars(ctx).pop("gradient", None)  # at once: two threads may not both take it
         differentiated = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-        if gradient is None or differentiated or any(grad is None for grad in grads):
+        # (is_grads_batched, which gradcheck uses too, is no functorch transform.)
+        other = any(grad is None or _is_legacy_batchedtensor(grad) for grad in grads)
+        if gradient is None or differentiated or other:
             return backward(ctx, *grads)
         ctx.saved_tensors  # noqa: B018 -- raises where the graph was freed or an input was changed
         return formulas.scaled(gradient, *grads)
