@@ -261,12 +261,13 @@ def _surrounded(value, filler: float):
     return copy
 
 
+@pytest.mark.parametrize("dtype", registry.FLOATING_DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("op", registry.ops().values(), ids=lambda op: op.name)
-def test_large_result_is_right_and_does_not_depend_on_the_thread_count(op):
+def test_large_result_is_right_and_does_not_depend_on_the_thread_count(op, dtype):
     if reason := BACKENDS["extension"].unavailable("cpu"):
         pytest.skip(reason)
     shape = {1: (200_003,), 4: (203, 700, 301, 37)}[len(op.shape_names)]
-    inputs = op.benchmark_inputs(shape, torch.float32, "cpu", torch.Generator().manual_seed(0))
+    inputs = op.benchmark_inputs(shape, dtype, "cpu", torch.Generator().manual_seed(0))
     args = with_visible_step(op, inputs)
     result = check.verify(op, through(op, "extension"), args)
     assert result.ok, result.detail
