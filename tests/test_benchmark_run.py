@@ -20,8 +20,8 @@ import torch
 from pyext import registry
 from pyext.backends import BACKENDS
 from pyext.lab import __main__ as lab_main
-from pyext.lab import isolated, results
-from pyext.lab.cases import Case
+from pyext.lab import isolated, measure, results
+from pyext.lab.cases import PREALLOCATED, Case
 from pyext.lab.measure import Effort, Samples
 from pyext.lab.peers import PEERS
 
@@ -268,10 +268,23 @@ class TestProcesses:
     CASE = Case("relu", "both", (64,), "float32", "cpu")
 
     def test_a_variant_can_be_timed_alone(self):
-        ((case, samples),) = isolated.time_alone("eager", [self.CASE], TINY, seed=0)
+        ((case, (outcome,)),) = isolated.time_apart([(self.CASE, ["eager"])], TINY, seed=0)
         assert case == self.CASE
-        assert isinstance(samples["host"], Samples)
-        assert samples["host"].median > 0
+        assert outcome.name == "eager" and outcome.status == "ok"
+        assert isinstance(outcome.times["host"], Samples)
+        assert outcome.times["host"].median > 0
+
+    @pytest.mark.skipif(not measure.can_recycle_memory(), reason="needs glibc's malloc")
+    def test_preallocated_outputs_are_timed_in_a_process_of_their_own(self, run, tmp_path):
+        case = dataclasses.replace(self.CASE, shape=(2**20,))
+        jobs = [
+            (dataclasses.replace(case, outputs=PREALLOCATED), ["eager", "eager-inplace"]),
+            (case, ["eager"]),
+        ]
+        (first, (alone,)), (second, both) = isolated.time_apart(jobs, TINY, seed=0)
+        assert (first, second) == (case, jobs[0][0])
+        assert [each.name for each in both] == ["eager", "eager-inplace"]
+        assert {each.status for each in (alone, *both)} == {"ok"}
 
     @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
     def test_interpreted_rows_are_checked_and_have_no_time(self, run, tmp_path):

@@ -1,4 +1,4 @@
-"""Work in a process of its own: a variant timed alone, or Triton checked in its interpreter.
+"""Work in a process of its own: variants timed apart, or Triton checked in its interpreter.
 
 The parent (:func:`stream`) sends one JSON request; the child (``python -m pyext.lab.isolated``)
 answers with one JSON line per case.
@@ -11,52 +11,56 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 
 from pyext import registry
-from pyext.lab import environment
-from pyext.lab.cases import Case, Inputs, backend_variant
-from pyext.lab.measure import Effort, Samples
+from pyext.lab import environment, measure
+from pyext.lab.cases import ALLOCATED, PREALLOCATED, Case, Inputs, backend_variant
+from pyext.lab.measure import Effort
 from pyext.lab.peers import Peers
 from pyext.lab.timing import Outcome, time_case
 
 
-def time_alone(
-    variant: str, cases: Sequence[Case], effort: Effort, seed: int, limit_s: float | None = None
-) -> Iterator[tuple[Case, dict[str, Samples]]]:
-    """Times one variant on each case in a process where nothing else ever ran.
+def time_apart(
+    jobs: Sequence[tuple[Case, Sequence[str]]],
+    effort: Effort,
+    seed: int,
+    limit_s: float | None = None,
+) -> Iterator[tuple[Case, list[Outcome]]]:
+    """Times variants, those of a case interleaved, in processes where nothing else ever ran.
 
     Args:
-        variant: a backend's or peer's name.
-        cases: the cases, grouped by op, shape and dtype.
+        jobs: each case with the names of its variants; grouped by op, shape and dtype. Those with
+            preallocated outputs come last, in a process of their own that recycles its memory.
         effort: how long to measure each.
         seed: the run's.
         limit_s: after so many seconds the process is stopped; finished cases have come by then.
 
     Yields:
-        Each case with its samples by clock; none where the variant was not right or not available.
+        Each case with its outcomes.
     """
-    request = {
-        "task": "time",
-        "variant": variant,
-        "cases": [case.to_json() for case in cases],
-        "effort": asdict(effort),
-        "seed": seed,
-        "threads": torch.get_num_threads(),
-    }
-    for case, answer in zip(cases, stream(request, limit_s=limit_s), strict=False):
-        yield (
-            case,
-            {
-                clock: Samples(np.array(each["seconds"]), each["calls_per_sample"])
-                for clock, each in answer["times"].items()
-            },
-        )
+    begin = time.monotonic()
+    for outputs, variables in ((ALLOCATED, {}), (PREALLOCATED, measure.RECYCLED_MEMORY)):
+        group = [job for job in jobs if job[0].outputs == outputs]
+        if not group:
+            continue
+        request = {
+            "task": "time",
+            "cases": [case.to_json() for case, _ in group],
+            "variants": [list(names) for _, names in group],
+            "effort": asdict(effort),
+            "seed": seed,
+            "threads": torch.get_num_threads(),
+        }
+        left = None if limit_s is None else limit_s - (time.monotonic() - begin)
+        answers = stream(request, variables, left)
+        for (case, _), answer in zip(group, answers, strict=False):
+            yield case, [Outcome.from_json(each) for each in answer]
 
 
 def check_interpreted(
@@ -67,14 +71,13 @@ def check_interpreted(
     Args:
         cases: small ones, for the interpreter runs a thousand times slower.
         seed: the run's.
-        limit_s: as in :func:`time_alone`.
+        limit_s: as in :func:`time_apart`.
 
     Yields:
         Each case with its outcome, ``interpreted`` where the kernels are right.
     """
     request = {
         "task": "check",
-        "variant": "triton",
         "cases": [case.to_json() for case in cases],
         "seed": seed,
         "threads": torch.get_num_threads(),
@@ -139,36 +142,24 @@ def main() -> None:
     environment.use_full_precision()
     seed = request["seed"]
     peers, inputs, key = Peers(), None, None
-    for case in map(Case.from_json, request["cases"]):
+    if any(case["outputs"] == PREALLOCATED for case in request["cases"]):
+        measure.map_memory()
+    for number, case in enumerate(map(Case.from_json, request["cases"])):
         if (case.op, case.shape, case.dtype) != key:
             key, inputs = (case.op, case.shape, case.dtype), None  # frees the last one's first
             inputs = Inputs(registry.get(case.op), case, seed)
         if request["task"] == "time":
-            effort = Effort(**request["effort"])
-            answer = _time(case, inputs, request["variant"], peers, effort, seed)
+            names, effort = request["variants"][number], Effort(**request["effort"])
+            outcomes = time_case(case, inputs, names, peers, effort, seed)
+            answer = [outcome.to_json() for outcome in outcomes]
         else:
-            answer = _check(case, inputs, request["variant"])
+            answer = _check(case, inputs)
         send(json.dumps(answer))
 
 
-def _time(case, inputs, variant, peers, effort, seed) -> dict[str, Any]:
-    times = {}
-    for outcome in time_case(case, inputs, [variant], peers, effort, seed):
-        if outcome.status == "ok":
-            times = {
-                clock: {
-                    "seconds": samples.seconds.tolist(),
-                    "calls_per_sample": samples.calls_per_sample,
-                }
-                for clock, samples in outcome.times.items()
-                if isinstance(samples, Samples)
-            }
-    return {"times": times}
-
-
-def _check(case: Case, inputs: Inputs, variant: str) -> dict[str, Any]:
+def _check(case: Case, inputs: Inputs) -> dict[str, Any]:
     try:
-        result = backend_variant(variant, inputs, case).verify(inputs)
+        result = backend_variant("triton", inputs, case).verify(inputs)
     except Exception as error:  # noqa: BLE001 -- one failed check must not hide the others
         reason = str(error).splitlines() or ["no message"]
         return {"status": "error", "reason": f"{type(error).__name__}: {reason[0]}"[:300]}

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import gc
 import math
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -79,6 +80,15 @@ class Samples:
     def quantile(self, q: float) -> float:
         """The ``q`` quantile of all samples, in seconds."""
         return float(np.quantile(self.seconds, q))
+
+    def to_json(self) -> dict[str, Any]:
+        """For another process; :meth:`from_json` reads it."""
+        return {"seconds": self.seconds.tolist(), "calls_per_sample": self.calls_per_sample}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Samples:
+        """The inverse of :meth:`to_json`."""
+        return cls(np.array(data["seconds"]), data["calls_per_sample"])
 
 
 @dataclass(frozen=True)
@@ -352,32 +362,35 @@ class _DeviceWarm:
 
 # --- memory --------------------------------------------------------------------------------------
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+RECYCLED_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+}
+"""Environment variables that make glibc keep freed memory, for every variant of a process alike.
+
+A large output is otherwise fresh pages from the kernel at every call, and on the CPU the page
+faults cost several times the arithmetic (relu at 2^24: 19 ms fresh, 3 ms recycled, 2 x Zen 5).
+With these, outputs lie in memory that is mapped already, as if preallocated. They hold for a whole
+process: what is measured beside it must not have its memory handled otherwise than a user's.
+"""
+# Eight of the largest outputs that are timed (2^24 float32), for a call holds several at once.
+_MAPPED_BYTES = 2**29
+
+
+def map_memory() -> None:
+    """Under ``RECYCLED_MEMORY``: gives the heap a stretch of mapped memory to hand out.
+
+    A hole that one aligned block leaves is too small for the next of the same size (glibc asks for
+    the alignment on top), so otherwise the first half dozen outputs are fresh pages after all.
+    """
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    if stretch := libc.malloc(_MAPPED_BYTES):
+        ctypes.memset(stretch, 0, _MAPPED_BYTES)
+        libc.free(stretch)
 
 
 def can_recycle_memory() -> bool:
-    """Whether this C library can be told to keep freed memory (glibc)."""
-    try:
-        return bool(ctypes.CDLL(None).mallopt and ctypes.CDLL(None).malloc_trim)
-    except (AttributeError, OSError):
-        return False
-
-
-@contextlib.contextmanager
-def recycled_memory() -> Iterator[None]:
-    """Makes the C allocator keep freed memory, for every variant alike.
-
-    A large output is otherwise fresh pages from the kernel at every call, and on the CPU the page
-    faults cost several times the arithmetic (relu at 2^24: 19 ms fresh, 3 ms recycled, 2 x Zen 5).
-    With this, outputs lie in memory that is mapped already, as if preallocated.
-    """
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_MAX, 0)
-    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    try:
-        yield
-    finally:
-        libc.mallopt(_M_MMAP_MAX, 65536)
-        libc.mallopt(_M_TRIM_THRESHOLD, 128 * 1024)
-        libc.mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
-        libc.malloc_trim(0)
+    """Whether this C library heeds ``RECYCLED_MEMORY`` (glibc)."""
+    return platform.libc_ver()[0] == "glibc"

@@ -7,7 +7,6 @@ flops / rate) + launch``.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import shutil
@@ -17,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,27 +208,20 @@ def _copy(device: torch.device) -> Ceiling:
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
     seconds = {"torch.Tensor.copy_": _fastest(lambda: target.copy_(source), device)}
-    with _recycled(device):
-        for name in backends(device):
-            if name == "eager" or BACKENDS[name].unavailable(device, "relu"):
-                continue
-            raw = BACKENDS[name].raw
-            seconds[f"relu_forward ({name})"] = _fastest(
-                lambda raw=raw: raw.relu_forward(source), device
-            )
+    for name in backends(device):
+        if name == "eager" or BACKENDS[name].unavailable(device, "relu"):
+            continue
+        raw = BACKENDS[name].raw
+        seconds[f"relu_forward ({name})"] = _fastest(
+            lambda raw=raw: raw.relu_forward(source), device
+        )
     return _best({name: 2 * size / time for name, time in seconds.items()}, "B/s")
-
-
-def _recycled(device: torch.device):
-    if device.type == "cpu" and measure.can_recycle_memory():
-        return measure.recycled_memory()
-    return contextlib.nullcontext()
 
 
 def _matrix(device: torch.device, dtype: torch.dtype) -> Ceiling:
     """The best square product: the library's, and our two-layer network's pair of them."""
-    products: dict[str, tuple[int, Callable[[torch.Tensor, torch.Tensor], Any]]] = {
-        "torch.mm": (1, torch.mm)
+    products: dict[str, tuple[int, Callable[..., Any]]] = {
+        "torch.mm": (1, lambda a, b, out: torch.mm(a, b, out=out))
     }
     for name in backends(device):
         if name == "eager" or BACKENDS[name].unavailable(device, "two_layer"):
@@ -236,14 +229,14 @@ def _matrix(device: torch.device, dtype: torch.dtype) -> Ceiling:
         raw = BACKENDS[name].raw
         products[f"two_layer_forward ({name})"] = (
             2,
-            lambda a, b, raw=raw: raw.two_layer_forward(a, b, b, None, None),
+            lambda a, b, _, raw=raw: raw.two_layer_forward(a, b, b, None, None),
         )
     rates = {}
     for what, (count, product) in products.items():
         for n in _MATRIX_SIZES[device.type]:
             a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-            with _recycled(device):
-                seconds = _fastest(lambda a=a, b=b, of=product: of(a, b), device, 0.15)
+            out = torch.empty_like(a)
+            seconds = _fastest(partial(product, a, b, out), device, 0.15)
             rates[f"{what} {n}x{n}x{n}"] = count * 2 * n**3 / seconds
             if seconds > _MATRIX_PATIENCE_S[device.type]:
                 break

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from pyext.lab import measure
-from pyext.lab.cases import PREALLOCATED, Case, Inputs, Variant, backend_variant
+from pyext.lab.cases import Case, Inputs, Variant, backend_variant
 from pyext.lab.measure import Effort, Samples
 from pyext.lab.peers import PEERS, Peers, Unavailable
 
@@ -28,6 +28,23 @@ class Outcome:
     rel_err: float | None = None
     times: dict[str, Samples | str] = field(default_factory=dict)
     """Clock -> samples, or why that clock cannot time the variant. Empty unless ``ok``."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For another process; :meth:`from_json` reads it."""
+        times = {
+            clock: each if isinstance(each, str) else each.to_json()
+            for clock, each in self.times.items()
+        }
+        return {**vars(self), "times": times}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Outcome:
+        """The inverse of :meth:`to_json`."""
+        times = {
+            clock: each if isinstance(each, str) else Samples.from_json(each)
+            for clock, each in data["times"].items()
+        }
+        return cls(**{**data, "times": times})
 
 
 def build(name: str, inputs: Inputs, case: Case, peers: Peers) -> Variant | Outcome | None:
@@ -67,23 +84,16 @@ def time_case(
     ready = [variant for variant in variants if outcomes[variant.name].status == "ok"]
     device = torch.device(case.device)
     subjects = [variant.subject for variant in ready]
-    with _memory(case):
-        for clock in measure.CLOCKS[device.type] if ready else ():
-            times = measure.measure(subjects, clock, effort, device=device, seed=seed)
-            for name, samples in times.items():
-                outcomes[name].times[clock] = samples
+    for clock in measure.CLOCKS[device.type] if ready else ():
+        times = measure.measure(subjects, clock, effort, device=device, seed=seed)
+        for name, samples in times.items():
+            outcomes[name].times[clock] = samples
     for variant in ready:
         again = _verified(variant, inputs)
         if again.status != "ok":
             again.reason = f"right before the timing, not after it: {again.reason}"
             outcomes[variant.name] = again
     return [outcomes[each.name] for each in built]
-
-
-def _memory(case: Case) -> contextlib.AbstractContextManager:
-    if case.outputs == PREALLOCATED:
-        return measure.recycled_memory()
-    return contextlib.nullcontext()
 
 
 def _verified(variant: Variant, inputs: Inputs) -> Outcome:
