@@ -20,9 +20,11 @@ from types import ModuleType
 import torch
 
 from pyext import registry
+from pyext._build import emulator, toolchain
 from pyext.ops._autograd import Differentiable
 
 _PACKAGE = Path(__file__).parent
+_ROOT = _PACKAGE.parent
 _REBUILD = "rebuild with `pip install -e .`"
 
 
@@ -32,8 +34,12 @@ class Backend:
     name = "eager"
     namespace: str | None = None
     """Where ``torch.ops`` holds the raw ops; None for ``eager``, which has none."""
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    """The types of the devices whose tensors it can ever compute on."""
     interpreted = False
     """True where the backend only emulates its hardware: for checking, never timed or a default."""
+    checks_only = False
+    """True where that is so on every machine: benchmarks and training do not offer it."""
 
     def unavailable(self, device: torch.device | str, op: str | None = None) -> str | None:
         """Why ``op`` (any if None) cannot run on ``device``, and what to do; None if it can."""
@@ -54,8 +60,9 @@ class _KernelBackend(Backend):
 
     def unavailable(self, device: torch.device | str, op: str | None = None) -> str | None:
         device = torch.device(device)
-        if device.type not in ("cpu", "cuda"):
-            return f"the lab has no kernels for {device.type!r} tensors; use 'cpu' or 'cuda'"
+        if device.type not in self.devices:
+            known = " or ".join(map(repr, self.devices))
+            return f"the lab has no kernels for {device.type!r} tensors; use {known}"
         return super().unavailable(device, op)
 
     @functools.cached_property
@@ -135,6 +142,43 @@ class TritonBackend(_KernelBackend):
 
     def _load(self) -> None:
         _import_kernels()
+
+
+class EmulatedBackend(_KernelBackend):
+    """The extension's CUDA kernels on CPU tensors, in the emulator of ``csrc/emulator``.
+
+    For checking on any machine; compiled when it is first used (``docs/emulator.md``). A mistake of
+    a kernel is a ``RuntimeError`` that names the kernel, the block and the thread.
+    """
+
+    name = "extension-emulated"
+    namespace = "pyext_emulated"
+    devices = ("cpu",)
+    interpreted = True
+    checks_only = True
+
+    def unavailable(self, device: torch.device | str, op: str | None = None) -> str | None:
+        """As for every backend; only with an ``op`` does it compile what is not yet compiled."""
+        if reason := super().unavailable(device) or _load_errors()["cpu"]:
+            return reason  # the schemas are those of the extension
+        if reason := emulator.why_not(_ROOT):
+            return f"the emulator cannot be built: {reason}"
+        return None if op is None else self._missing(op)
+
+    def _load(self) -> None:
+        torch.ops.load_library(str(emulator.build(_ROOT, _this_torch())))
+        self._library = torch.library.Library(self.namespace, "FRAGMENT")
+        for op in registry.ops().values():
+            for raw_op in op.raw_ops:
+                schema = getattr(torch.ops.pyext, raw_op.name).default._schema
+                self._library.define(str(schema).removeprefix("pyext::"))
+
+
+def _this_torch() -> toolchain.Torch:
+    """The PyTorch of this process, as the builds describe it."""
+    found = toolchain.find_torch([str(Path(torch.__file__).parents[1])])
+    assert found is not None
+    return found
 
 
 @functools.cache

@@ -154,7 +154,7 @@ class Findings:
         self.cells: dict[tuple[str, str, str], str | None] = {}
         for op in registry.ops().values():
             for backend in BACKENDS.values():
-                for device in DEVICES:
+                for device in backend.devices:
                     reason = examine(op, backend, device)
                     self.cells[op.name, backend.name, device] = reason
                     if reason is not None:
@@ -166,9 +166,13 @@ class Findings:
                 yield [op, device, *(self.cell(op, name, device) for name in BACKENDS)]
 
     def cell(self, op: str, backend: str, device: str) -> str:
+        if device not in BACKENDS[backend].devices:
+            return "–"
         reason = self.cells[op, backend, device]
         if reason is not None:
             return f"no ({self.reasons[reason]})"
+        if BACKENDS[backend].checks_only:
+            return "emulated"
         return "interpreted" if BACKENDS[backend].interpreted else "yes"
 
     def healthy(self) -> bool:

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pyext.backends import BACKENDS, backends
+from pyext.backends import BACKENDS, Backend, backends
 from pyext.workloads import data as datasets
 from pyext.workloads import engine, mnist_cnn
 from pyext.workloads.engine import HyperParameters, TestResult, Training
@@ -239,13 +239,17 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def _offered() -> dict[str, Backend]:
+    return {name: backend for name, backend in BACKENDS.items() if not backend.checks_only}
+
+
 def _backends(
     wanted: str | None, device: torch.device, state: dict[str, Any] | None, console: Console
 ) -> list[str]:
     """The backends to train with, in order; says of `all` which ones are missing, and why."""
     if wanted == "all":
         available = backends(device)
-        for name, backend in BACKENDS.items():
+        for name, backend in _offered().items():
             if name not in available:
                 reason = backend.unavailable(device) or (
                     "it only runs in an interpreter here, which takes days; name it to try it"
@@ -312,8 +316,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("workload", choices=["mnist"], help="the MNIST CNN of PyTorch's examples")
     parser.add_argument(
         "--backend",
-        choices=[*BACKENDS, "all"],
-        help="default: the first of " + ", ".join(BACKENDS) + " that is available",
+        choices=[*_offered(), "all"],
+        help="default: the first of " + ", ".join(_offered()) + " that is available",
     )
     parser.add_argument(
         "--device", type=_device_name, default="auto", help="auto (default), cpu or cuda"

@@ -35,7 +35,7 @@ def pytest_report_header() -> list[str]:
 
     lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads"]
     for name, backend in BACKENDS.items():
-        for device in ("cpu", "cuda"):
+        for device in backend.devices:
             reason = backend.unavailable(device)
             state = "interpreted" if backend.interpreted else "available"
             lines.append(f"{name} on {device}: {reason or state}")

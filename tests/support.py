@@ -11,8 +11,6 @@ from pyext import registry
 from pyext.backends import BACKENDS
 from pyext.lab.check import with_visible_step  # noqa: F401 -- the tests take it from here
 
-DEVICES = ("cpu", "cuda")
-
 
 def configurations(include_eager: bool = False) -> list:
     """(backend, device) pairs; those that cannot run here are skipped with the reason."""
@@ -20,7 +18,7 @@ def configurations(include_eager: bool = False) -> list:
     for name, backend in BACKENDS.items():
         if name == "eager" and not include_eager:
             continue
-        for device in DEVICES:
+        for device in backend.devices:
             reason = backend.unavailable(device)
             marks = [pytest.mark.skip(reason=f"{name} on {device}: {reason}")] if reason else []
             found.append(pytest.param(name, device, id=f"{name}-{device}", marks=marks))

@@ -20,18 +20,49 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-using cudaStream_t = struct EmulatedStream*;
+// Vectors of numbers: float4 and its kin, aligned to their size as on the device.
+#define PYEXT_VECTOR_2(T, name)                            \
+  struct alignas(2 * sizeof(T)) name##2 { T x, y; };       \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; }
+#define PYEXT_VECTOR_4(T, name)                            \
+  struct alignas(16) name##4 { T x, y, z, w; };            \
+  inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
+PYEXT_VECTOR_2(float, float)
+PYEXT_VECTOR_2(double, double)
+PYEXT_VECTOR_2(int, int)
+PYEXT_VECTOR_2(unsigned, uint)
+PYEXT_VECTOR_4(float, float)
+PYEXT_VECTOR_4(int, int)
+PYEXT_VECTOR_4(unsigned, uint)
+#undef PYEXT_VECTOR_2
+#undef PYEXT_VECTOR_4
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+using cudaStream_t = struct EmulatedStream*;
+using cudaEvent_t = struct EmulatedEvent*;
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorNotReady = 600,
+  cudaErrorCooperativeLaunchTooLarge = 720,
+  cudaErrorNotSupported = 801,
+};
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaSuccess:
       return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
     case cudaErrorInvalidConfiguration:
       return "invalid configuration argument";
+    case cudaErrorNotReady:
+      return "device not ready";
+    case cudaErrorCooperativeLaunchTooLarge:
+      return "too many blocks in cooperative launch";
     default:
-      return "invalid argument";
+      return "operation not supported";
   }
 }
 

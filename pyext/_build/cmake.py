@@ -33,6 +33,7 @@ def settings() -> dict[str, list[str]]:
         ],
         "PYEXT_TORCH_LIBRARIES": [f"{torch.folder}/lib"],
         "PYEXT_CXX_FLAGS": [*toolchain.CXX_FLAGS],
+        "PYEXT_EMULATOR_FLAGS": [*toolchain.EMULATOR_FLAGS],
     }
     toolkit = toolchain.plan_cuda(torch, paths)
     if isinstance(toolkit, str):

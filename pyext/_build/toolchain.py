@@ -72,6 +72,16 @@ NVCC_FLAGS = (
     "--expt-relaxed-constexpr",
     "-Xcompiler=-fvisibility=hidden",
 )
+# For what compiles csrc/cuda with the host compiler. The option that makes the compiler announce every
+# access is for the kernels alone: csrc/emulator answers the calls.
+EMULATOR_FLAGS = (
+    f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+    "-std=c++20",
+    "-O2",
+    "-Wno-unknown-pragmas",
+    "-Wno-attributes",
+)
+EMULATED_KERNEL_FLAGS = (*EMULATOR_FLAGS, "-fsanitize=thread")
 
 
 class BuildError(RuntimeError):

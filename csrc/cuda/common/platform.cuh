@@ -53,6 +53,7 @@ struct LaunchShape {
   dim3 grid;
   dim3 block;
   std::size_t shared_bytes = 0;  // at most 48 KiB: more would need cudaFuncSetAttribute
+  bool cooperative = false;      // all blocks are alive at once, and the grid can meet
 };
 
 template <class T>
@@ -70,6 +71,11 @@ void launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_
   config.blockDim = shape.block;
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  config.attrs = &cooperative;
+  config.numAttrs = shape.cooperative ? 1 : 0;
   // cudaGetLastError reports the same error and clears it, so that no later check meets it again.
   static_cast<void>(cudaLaunchKernelEx(&config, kernel, arguments...));
   PYEXT_CHECK_CUDA(cudaGetLastError());

@@ -20,7 +20,8 @@
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 #define PYEXT_CHECK_CUDA(call) STD_CUDA_CHECK(call)
-// Registers CUDA implementations; the emulator registers the same functions for CPU tensors.
+// Registers CUDA implementations; the emulator registers the same functions for CPU tensors, in a
+// namespace whose schemas pyext/backends.py takes from this one.
 #define PYEXT_KERNEL_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(pyext, CUDA, m)
 #else
 #define PYEXT_KERNEL_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(pyext_emulated, CPU, m)
@@ -33,27 +34,43 @@ namespace pyext {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+#if defined(__CUDACC__)
 // Makes the tensor's device current for as long as it lives; `stream` is that device's current one.
 class OnDeviceOf {
  public:
-#if defined(__CUDACC__)
   explicit OnDeviceOf(const Tensor& tensor) : guard_(tensor.get_device_index()) {
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
   }
-#else
-  explicit OnDeviceOf(const Tensor&) {}
-#endif
 
   cudaStream_t stream = nullptr;
 
-#if defined(__CUDACC__)
  private:
   torch::stable::accelerator::DeviceGuard guard_;
-#endif
 };
+#else
+// As long as it lives, kernels may touch what `allow_access` has named, and nothing else.
+class OnDeviceOf {
+ public:
+  explicit OnDeviceOf(const Tensor&) : stream(op_.stream()) {}
+
+ private:
+  emulator::Op op_;
+
+ public:
+  cudaStream_t stream;
+};
+
+// From the tensor's first element to its last.
+inline void allow_access(const Tensor& tensor, std::size_t element_bytes, emulator::Memory kind) {
+  if (tensor.numel() == 0) return;
+  int64_t elements = 1;
+  for (int64_t i = 0; i < tensor.dim(); ++i) elements += (tensor.size(i) - 1) * tensor.stride(i);
+  emulator::allow(tensor.const_data_ptr(), elements * element_bytes, kind);
+}
+#endif
 
 // From PyTorch's caching allocator, which hands memory out again in the order of the stream.
 class TensorScratch : public Scratch {
@@ -63,6 +80,9 @@ class TensorScratch : public Scratch {
  private:
   void* allocate_bytes(int64_t bytes) override {
     held_.push_back(torch::stable::new_empty(like_, {bytes}, ScalarType::Byte));
+#if !defined(__CUDACC__)
+    allow_access(held_.back(), 1, emulator::Memory::unwritten);
+#endif
     return held_.back().mutable_data_ptr();
   }
 
@@ -114,11 +134,17 @@ void dispatch_floating_or_integer(const char* op, ScalarType dtype, Body body) {
 // T is the kernels' type of the tensor's dtype, which the stable ABI's typed accessors do not know.
 template <class T>
 const T* const_data(const Tensor& tensor) {
+#if !defined(__CUDACC__)
+  allow_access(tensor, sizeof(T), emulator::Memory::read_only);
+#endif
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 
 template <class T>
 T* mutable_data(const Tensor& tensor) {
+#if !defined(__CUDACC__)
+  allow_access(tensor, sizeof(T), emulator::Memory::writable);
+#endif
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
