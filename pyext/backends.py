@@ -214,7 +214,8 @@ def _import_kernels() -> tuple[ModuleType, ...]:
 
 
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (ExtensionBackend(), TritonBackend(), Backend())
+    backend.name: backend
+    for backend in (ExtensionBackend(), TritonBackend(), Backend(), EmulatedBackend())
 }
 """Every backend by name, in the order in which a call without a preference tries them."""
 

@@ -21,6 +21,7 @@ from pyext import registry
 from pyext.backends import BACKENDS
 from pyext.lab import __main__ as lab_main
 from pyext.lab import isolated, measure, results
+from pyext.lab.bench import default_backends
 from pyext.lab.cases import PREALLOCATED, Case
 from pyext.lab.measure import Effort, Samples
 from pyext.lab.peers import PEERS
@@ -113,7 +114,7 @@ class TestCommandLine:
     def test_list_names_everything(self, run, capsys):
         assert run.main(["--device", "cpu", "--list"]) == 0
         out = capsys.readouterr().out
-        for name in (*registry.ops(), "mnist", *BACKENDS, *PEERS):
+        for name in (*registry.ops(), "mnist", *default_backends(), *PEERS):
             assert name in out
 
     def test_the_folder_is_named_after_device_and_time(self, run):

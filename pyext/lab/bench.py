@@ -435,8 +435,9 @@ def _interpreter_missing() -> str | None:
 
 
 def default_backends() -> tuple[str, ...]:
-    """All of them, the baseline first."""
-    return ("eager", *(name for name in BACKENDS if name != "eager"))
+    """All that are timed on some machine, the baseline first."""
+    timed = (name for name, each in BACKENDS.items() if not each.checks_only and name != "eager")
+    return ("eager", *timed)
 
 
 def availability(device: torch.device) -> Iterator[tuple[str, str, str | None]]:
