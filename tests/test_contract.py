@@ -117,6 +117,17 @@ def test_mse_loss_refuses_backward_after_an_operand_was_changed(backend, device)
 
 
 @pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+def test_sums_of_half_precision_are_kept_in_float32(dtype, backend, device):
+    """Equal terms, all of whose sums float32 holds exactly: nothing averages out."""
+    x = torch.full((100_003,), 1.25, dtype=dtype, device=device)
+    assert P.mse_loss(x, torch.zeros_like(x), backend=backend).item() == 1.25**2
+    row = torch.full((1, 4096), 1.25, dtype=dtype, device=device)
+    one = torch.full((1, 1), 2.0**-6, dtype=dtype, device=device)
+    assert P.two_layer(row, row.t(), one, backend=backend).item() == 1.25**2 * 64
+
+
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
 def test_mse_loss_of_nothing(backend, device):
     empty = torch.ones(0, 3, device=device)
     assert P.mse_loss(empty, empty, "mean", backend=backend).isnan()

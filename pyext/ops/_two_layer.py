@@ -235,8 +235,9 @@ def sample_operands(device, dtype, requires_grad=False) -> Iterator[tuple[str, d
             "y": make((n, n_out), device, dtype, 2),
             "w1": _scaled(make((n_in, n_hidden), device, dtype, 3), scale),
             "w2": _scaled(make((n_hidden, n_out), device, dtype, 4), scale),
-            "b1": _samples.normal((n_hidden,), device, dtype, 5) if biases else None,
-            "b2": _samples.normal((n_out,), device, dtype, 6) if biases else None,
+            # A row, with the strides that ``make`` gives it.
+            "b1": make((3, n_hidden), device, dtype, 5)[1] if biases else None,
+            "b2": make((3, n_out), device, dtype, 6)[1] if biases else None,
         }
         return {k: v if v is None else v.requires_grad_(requires_grad) for k, v in made.items()}
 
