@@ -26,8 +26,9 @@ struct ByteHistory {
   Access reads[2];
 };
 
-// What happened to each byte of some memory. Where it was accessed in whole words of four bytes only,
-// the first byte of a word speaks for all four.
+// What happened to each byte of some memory, in pages, of which those that were never touched do not
+// exist. Where memory was accessed in whole words of four bytes only, the first byte of a word speaks
+// for all four.
 class History {
  public:
   // Calls visit(history, offset) for what an access touches, in memory of `bytes` bytes.
@@ -35,36 +36,48 @@ class History {
   void visit(std::size_t offset, std::size_t size, std::size_t bytes, const Visit& visit) {
     if (bytes_ < bytes) grow(bytes);
     for (const std::size_t end = offset + size; offset < end;) {
-      ByteHistory* word = &entries_.get()[offset / 4 * 4];
-      unsigned char& is_split = is_split_.get()[offset / 4];
+      Page& page = at(offset / PAGE_BYTES);
+      const std::size_t in_page = offset % PAGE_BYTES;
+      ByteHistory* word = &page.entries[in_page / 4 * 4];
+      bool& is_split = page.is_split[in_page / 4];
       if (!is_split && offset % 4 == 0 && end - offset >= 4) {
         visit(*word, offset);
         offset += 4;
         continue;
       }
       if (!is_split) word[1] = word[2] = word[3] = word[0];
-      is_split = 1;
+      is_split = true;
       visit(word[offset % 4], offset);
       ++offset;
     }
   }
 
  private:
+  static constexpr std::size_t PAGE_BYTES = 512;
+  struct Page {
+    ByteHistory entries[PAGE_BYTES];
+    bool is_split[PAGE_BYTES / 4] = {};
+  };
   struct Free {
-    void operator()(void* memory) const { std::free(memory); }
+    void operator()(Page** table) const { std::free(table); }
   };
 
+  Page& at(std::size_t number) {
+    Page*& page = table_.get()[number];
+    if (page == nullptr) page = pages_.emplace_back(std::make_unique<Page>()).get();
+    return *page;
+  }
+
   void grow(std::size_t bytes) {
-    const std::size_t words = bytes / 4 + 1;
-    // Zero pages until they are touched.
-    entries_.reset(static_cast<ByteHistory*>(std::calloc(words, 4 * sizeof(ByteHistory))));
-    is_split_.reset(static_cast<unsigned char*>(std::calloc(words, 1)));
-    if (!entries_ || !is_split_) throw std::bad_alloc();
+    // calloc: an operand that spans gigabytes costs nothing until it is touched.
+    table_.reset(static_cast<Page**>(std::calloc(bytes / PAGE_BYTES + 1, sizeof(Page*))));
+    if (!table_) throw std::bad_alloc();
+    pages_.clear();
     bytes_ = bytes;
   }
 
-  std::unique_ptr<ByteHistory, Free> entries_;
-  std::unique_ptr<unsigned char, Free> is_split_;
+  std::vector<std::unique_ptr<Page>> pages_;
+  std::unique_ptr<Page*, Free> table_;
   std::size_t bytes_ = 0;
 };
 
