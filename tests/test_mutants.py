@@ -211,6 +211,36 @@ def test_a_copy_runs_its_own_files(tmp_path):
         assert Path(line).resolve().is_relative_to(scratch.folder.resolve())
 
 
+@pytest.mark.parametrize(
+    ("body", "verdict", "test", "message"),
+    [
+        ("assert 1 == 2", "failed", "test_x.py::test_b", "assert 1 == 2"),
+        ("os.abort()", "crashed", "test_x.py::test_b", "SIGABRT"),
+        ("time.sleep(300)", "stopped", "test_x.py::test_b", "over 20 s"),
+        ("x = b'1' * (1 << 30); time.sleep(300)", "stopped", "test_x.py::test_b", "GiB"),
+        ("pass", "passed", None, ""),
+    ],
+    ids=["failed", "crashed", "hung", "memory", "passed"],
+)
+def test_how_tests_end(tmp_path, monkeypatch, body, verdict, test, message):
+    # Longer than an import of PyTorch on a busy machine.
+    monkeypatch.setattr(trial, "SLOWEST_TEST_S", 200 if "x =" in body else 20)
+    monkeypatch.setattr(trial, "MOST_MEMORY", 1 << 30)
+    text = f"import os, time\ndef test_a(): pass\ndef test_b(): {body}\n"
+    (tmp_path / "test_x.py").write_text(text)
+    run = trial.run_tests(Scratch(tmp_path), ["test_x.py"])
+    assert (run.verdict, run.test) == (verdict, test)
+    assert message in run.message and run.loaded
+    assert run.passed == (2 if verdict == "passed" else 1)
+
+
+def test_tests_that_somebody_else_killed_are_no_result(tmp_path):
+    text = "import os, signal\ndef test_a(): os.kill(os.getpid(), signal.SIGKILL)\n"
+    (tmp_path / "test_x.py").write_text(text)
+    with pytest.raises(NoEvidence, match="not by this program"):
+        trial.run_tests(Scratch(tmp_path), ["test_x.py"])
+
+
 # --- the command ---------------------------------------------------------------------------------
 
 
@@ -263,6 +293,15 @@ def test_a_failed_control_is_exit_code_1(pretend, capsys, monkeypatch):
     assert "failed in tests/test_ops.py::test_y: off by 1" in capsys.readouterr().out
 
 
+def test_one_way_alone(pretend, tmp_path):
+    pretend(lambda mutant: Row(mutant, "caught", "tests/test_ops.py::test_x"))
+    file = tmp_path / "rows.json"
+    assert lab.main(["mutants", "--way", "cuda", "--automatic", "3", "--json", str(file)]) == 0
+    data = json.loads(file.read_text())
+    assert {row["way"] for row in data["rows"]} == set(data["control"]) == {"cuda"}
+    assert sum(row["kind"] == "automatic" for row in data["rows"]) == 3
+
+
 def test_automatic_mutants_that_change_nothing_are_replaced(pretend, capsys):
     def row_of(mutant):
         harmless = not mutant.by_hand and int(mutant.name[-1], 16) % 2
@@ -274,7 +313,12 @@ def test_automatic_mutants_that_change_nothing_are_replaced(pretend, capsys):
 
 
 def test_wrong_usage_is_exit_code_2(capsys):
-    for arguments in (["--only", "nothing"], ["--jobs", "0"], ["--automatic", "-1"]):
+    for arguments in (
+        ["--only", "nothing"],
+        ["--way", "nothing"],
+        ["--jobs", "0"],
+        ["--automatic", "-1"],
+    ):
         with pytest.raises(SystemExit) as stop:
             lab.main(["mutants", *arguments])
         assert stop.value.code == 2

@@ -121,6 +121,9 @@ def error_inputs(device) -> Iterator[ErrorInput]:
     both = torch.ones(18, device=device)
     shared = both[:12].view(4, 3), both[10:16].view(3, 2)
     yield ErrorInput((x, y, *shared, 0.1), RuntimeError, "shares memory", name="overlapping")
+    both = torch.ones(32, device=device)
+    w1, x = both[:12].view(4, 3), both[10:30].view(5, 4)
+    yield ErrorInput((x, y, w1, w2, 0.1), RuntimeError, "shares memory", name="overlapping_x")
 
 
 def cost(direction: str, shape: tuple[int, ...], itemsize: int) -> Cost:

@@ -40,6 +40,7 @@ OK, FAILED, WRONG_USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130
 QUICK = (
     "cpp-relu-identity",
     "cpp-sgd-w2-updated-before-read",
+    "cuda-block-sum-barrier-missing",
     "triton-relu-tail-not-masked",
     "python-relu-ignores-grad-output",
     "python-sgd-version-not-bumped",
@@ -59,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how many automatic mutants must change an output (default: as many as by hand)",
     )
+    add("--way", type=_names, metavar="NAMES", help=f"of {', '.join(CHECKS)} (default: all)")
     add("--only", type=_names, metavar="NAMES", help="only mutants with these names (* matches)")
     add("--quick", action="store_true", help="a few mutants made by hand, in three minutes")
     add("--jobs", type=_positive, default=2, metavar="N", help="mutants at a time; default: 2")
@@ -135,9 +137,8 @@ def _plan(
 ) -> Plan:
     known = {mutant.name: mutant for mutant in by_hand}
     if options.only is not None:
-        ways = [way for way in generate.SOURCES if way in CHECKS]
         automatic = itertools.chain.from_iterable(
-            generate.candidates(ROOT, way, options.seed) for way in ways
+            generate.candidates(ROOT, way, options.seed) for way in generate.SOURCES
         )
         known |= {mutant.name: mutant for mutant in automatic}
         chosen = [
@@ -151,8 +152,12 @@ def _plan(
     if options.quick:
         chosen = tuple(known[name] for name in QUICK)
         return Plan(chosen, {}, {}, False, options.seed, options.jobs)
+    chosen = options.way or list(CHECKS)
+    if unknown := sorted(set(chosen) - set(CHECKS)):
+        parser.error(f"--way does not know {unknown[0]!r}; it accepts {', '.join(CHECKS)}")
+    by_hand = [mutant for mutant in by_hand if mutant.way in chosen]
     total = len(by_hand) if options.automatic is None else options.automatic
-    ways = [way for way in generate.SOURCES if way in CHECKS]
+    ways = [way for way in generate.SOURCES if way in chosen]
     wanted = {way: len(range(i, total, len(ways))) for i, way in enumerate(ways)}
     automatic = {
         way: itertools.islice(

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from pyext._build import toolchain
+from pyext._build import emulator, toolchain
 from pyext.lab.mutants.patches import Mutant
 from pyext.lab.mutants.witness import sha256
 
@@ -152,7 +152,35 @@ class CpuLibrary:
         (root / new).replace(root / self.FILE)
 
 
-LIBRARIES: dict[str, Library] = {"cpp": CpuLibrary()}
+class EmulatedLibrary:
+    """The CUDA kernels in the emulator, built as the backend ``extension-emulated`` builds them.
+
+    ninja goes by times, so the folder of the original's objects is kept and put back.
+    """
+
+    FOLDER, ORIGINAL = Path("build", "emulator"), Path("build", "emulator-original")
+
+    def build(self, root: Path, jobs: int) -> Built:
+        try:
+            library = emulator.build(root, _torch())
+        except toolchain.BuildError as error:
+            raise BuildFailed(str(error)) from None
+        if not (root / self.ORIGINAL).exists():
+            shutil.copytree(root / self.FOLDER, root / self.ORIGINAL)
+        built_at = max(path.stat().st_mtime_ns for path in library.parent.glob("*.o"))
+        files = frozenset(
+            path.relative_to(root).as_posix()
+            for path in root.glob("csrc/**/*")
+            if path.stat().st_mtime_ns < built_at
+        )
+        return Built(library.relative_to(root).as_posix(), sha256(library), files)
+
+    def restore(self, root: Path) -> None:
+        shutil.rmtree(root / self.FOLDER)
+        shutil.copytree(root / self.ORIGINAL, root / self.FOLDER)
+
+
+LIBRARIES: dict[str, Library] = {"cpp": CpuLibrary(), "cuda": EmulatedLibrary()}
 """Way -> the library that its mutants are in."""
 
 

@@ -69,6 +69,7 @@ CHECKS = {
         ("cpp",),
         "extension",
     ),
+    "cuda": Checks(_OPS, "emulated", ("cpp", "cuda"), "extension-emulated"),
     "triton": Checks(
         ("tests/test_triton.py", *_OPS, "tests/test_compile_report.py"),
         "triton",
@@ -109,9 +110,9 @@ class Run:
     """What one run of pytest said."""
 
     verdict: str
-    """``passed``, ``failed``, ``crashed`` or ``hung``."""
+    """``passed``, ``failed``, ``crashed`` or ``stopped`` (it hung, or took all memory)."""
     test: str | None
-    """The first test that failed, crashed or hung."""
+    """The first test that did not pass."""
     message: str
     passed: int
     loaded: Mapping[str, str]
@@ -256,14 +257,16 @@ def run_tests(scratch: Scratch, arguments: list[str], first: str = "") -> Run:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     command += ["-p", "pyext.lab.mutants.witness", "-p", "no:benchmark", *arguments]
     variables = {witness.REPORT: str(report), witness.FIRST: first}
-    code, output = _run(scratch, command, variables, watched=report)
+    code, ended, output = _run(scratch, command, variables, watched=report)
     said = json.loads(report.read_text()) if report.exists() else {}
     known = {
         "passed": said.get("passed", 0),
         "loaded": said.get("loaded", {}),
     }
-    if code is None:
-        return Run("hung", said.get("running"), f"a test took over {SLOWEST_TEST_S} s", **known)
+    if ended:
+        return Run("stopped", said.get("running"), ended, **known)
+    if code == -signal.SIGKILL:
+        raise NoEvidence("the tests were killed, and not by this program")
     if code < 0:
         message = f"the process died of {signal.Signals(-code).name}"
         return Run("crashed", said.get("running"), message, **known)
@@ -286,7 +289,9 @@ def run_outputs(
     file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pyext.lab.mutants.outputs", checks.backend, str(file)]
     variables = {"TRITON_INTERPRET": "1"} if checks.backend == "triton" else {}
-    code, _ = _run(scratch, command, variables, watched=file)
+    code, ended, _ = _run(scratch, command, variables, watched=file)
+    if code == -signal.SIGKILL and not ended:
+        raise NoEvidence("the outputs were killed, and not by this program")
     if code != 0:
         return None
     said = json.loads(file.read_text())
@@ -308,8 +313,11 @@ def stop() -> None:
 
 def _run(
     scratch: Scratch, command: list[str], variables: Mapping[str, str], watched: Path
-) -> tuple[int | None, str]:
-    """(exit code, output); the code is None where ``watched`` did not change for too long."""
+) -> tuple[int, str, str]:
+    """(exit code, why this program ended it or "", output).
+
+    It is ended when it writes nothing to ``watched`` for too long, or takes too much memory.
+    """
     environment = {
         **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         "PYTHONPATH": str(scratch.folder),
@@ -332,7 +340,7 @@ def _run(
         )
         _children.add(child)
         try:
-            code = _wait(child, watched)
+            ended = _wait(child, watched)
         finally:
             _children.discard(child)
             if child.poll() is None:
@@ -340,21 +348,23 @@ def _run(
                 child.wait()
     if _stopped.is_set():
         raise Stopped
-    return code, log.read_text(errors="replace")
+    return child.returncode, ended, log.read_text(errors="replace")
 
 
-def _wait(child: subprocess.Popen, watched: Path) -> int | None:
+def _wait(child: subprocess.Popen, watched: Path) -> str:
+    """Waits until the child has ended, or says why it must be."""
     begin = time.time()
     while not _stopped.is_set():
         try:
-            return child.wait(timeout=1)
+            child.wait(timeout=1)
+            break
         except subprocess.TimeoutExpired:
             if _resident_bytes(child.pid) > MOST_MEMORY:
-                child.kill()
+                return f"it took over {MOST_MEMORY >> 30} GiB"
             changed = watched.stat().st_mtime if watched.exists() else begin
             if time.time() - max(changed, begin) > SLOWEST_TEST_S:
-                return None
-    return None
+                return f"a test took over {SLOWEST_TEST_S} s"
+    return ""
 
 
 def _resident_bytes(pid: int) -> int:
