@@ -1,5 +1,5 @@
-"""The backend that runs the CUDA kernels on the CPU: what Python sees of a mistake in a kernel, how the
-library is built, and where it must not turn up.
+"""The backend that runs the CUDA kernels on the CPU: what Python sees of a mistake, how the library
+is built, and where it must not turn up.
 
 What the emulator catches is shown kernel by kernel in ``tests/cpp/emulator_test.cpp``.
 """
