@@ -5,6 +5,8 @@ What the entries ask for and the lab's ops refuse is in ``DEVIATIONS``, and in t
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from support import configurations, dtype_id, through
@@ -12,9 +14,12 @@ from support import configurations, dtype_id, through
 from pyext import registry
 from pyext.lab import check
 
-op_db = pytest.importorskip(
-    "torch.testing._internal.common_methods_invocations", exc_type=ImportError
-).op_db
+# PyTorch's helpers forbid the whole process to set flags such as TF32's; run.py, tested in the same
+# process, does set them.
+with mock.patch.object(torch.backends, "disable_global_flags"):
+    op_db = pytest.importorskip(
+        "torch.testing._internal.common_methods_invocations", exc_type=ImportError
+    ).op_db
 
 NAMESAKES = {"relu": "nn.functional.relu", "mse_loss": "nn.functional.mse_loss"}
 
