@@ -42,13 +42,30 @@ def pytest_report_header() -> list[str]:
     return lines
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """``-m "slow or not slow"`` is the slow tier: exhaustive and large tests run only if named."""
+    for item in items:
+        if item.get_closest_marker("later_when_interpreted"):
+            _move_to_a_later_tier(item)
     unnamed = [each for each in ("exhaustive", "large") if each not in config.option.markexpr]
     left_out = [item for item in items if any(map(item.get_closest_marker, unnamed))]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
+
+
+def _move_to_a_later_tier(item: pytest.Item) -> None:
+    """One tier later in Triton's interpreter and the emulator, where a derivative of a network takes
+    5 s to minutes; the smallest sample stays."""
+    from pyext.backends import BACKENDS
+
+    if not BACKENDS[item.callspec.params["backend"]].interpreted:
+        return
+    if item.get_closest_marker("slow"):
+        item.add_marker("exhaustive")
+    elif "-small" not in item.name:
+        item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)

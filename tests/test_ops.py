@@ -54,6 +54,7 @@ def test_agrees_with_eager_in_float64(op, index, dtype, backend, device):
     assert result.ok, result.detail
 
 
+@pytest.mark.later_when_interpreted
 @pytest.mark.parametrize(("backend", "device"), configurations())
 @pytest.mark.parametrize(
     ("op", "index"),
@@ -72,6 +73,7 @@ def test_gradcheck(op, index, backend, device):
     )
 
 
+@pytest.mark.later_when_interpreted
 @pytest.mark.parametrize(("backend", "device"), configurations())
 @pytest.mark.parametrize(
     ("op", "index"),
