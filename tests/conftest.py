@@ -56,8 +56,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _move_to_a_later_tier(item: pytest.Item) -> None:
-    """One tier later in Triton's interpreter and the emulator, where a derivative of a network takes
-    5 s to minutes; the smallest sample stays."""
+    """One tier later in Triton's interpreter and the emulator; the smallest sample stays.
+
+    A derivative of a network takes them from 5 s to minutes.
+    """
     from pyext.backends import BACKENDS
 
     if not BACKENDS[item.callspec.params["backend"]].interpreted:
