@@ -195,13 +195,8 @@ def test_triton_kernels_keep_their_limits(architecture, dtype, empty_cache):
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        pytest.param(each, marks=pytest.mark.slow if each == "float32" else pytest.mark.exhaustive)
-        for each in triton_rows.DTYPES
-    ],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", triton_rows.DTYPES)
 def test_triton_kernels_keep_their_limits_for_every_sample(dtype, empty_cache):
     """Strided, unaligned, odd and empty operands, and every combination of epilogues."""
     check_triton(list(triton_rows.rows("sm_90", (dtype,), "samples", empty_cache)))
