@@ -28,7 +28,9 @@ from pyext.lab.timing import FULL, QUICK, Outcome, time_case
 MNIST = "mnist"
 COMPILED = ("compile", "compile-max")
 # Every mnist run needs about this long in the quick profile, and the plots and tables that.
-_MNIST_S, _REPORT_S = 70.0, 10.0
+_MNIST_S, _REPORT_S = 36.0, 7.0
+# A process of its own for a peer, in the quick profile: 2 s to start, the rest measuring.
+_ALONE_S = 12.0
 # Triton's interpreter runs a thousand times slower: enough elements for several blocks and a tail.
 _INTERPRETED_ELEMENTS, _INTERPRETED_EXTENT = 3000, 40
 _OUT_OF_TIME = "the time was used up; --profile full without --minutes leaves nothing out"
@@ -45,6 +47,8 @@ class Profile:
     alone: Effort
     alone_directions: tuple[str, ...]
     """The directions in which the baseline and the peers are also timed alone."""
+    alone_outputs: tuple[str, ...]
+    """The kinds of rows in which they are: with outputs allocated, or preallocated."""
     preallocated: tuple[str, ...]
     """The directions that are also timed with preallocated outputs, on a CPU."""
     limit_s: float | None
@@ -58,6 +62,7 @@ PROFILES = {
         effort=QUICK,
         alone=dataclasses.replace(QUICK, measure_s=0.06),
         alone_directions=("both", "step"),
+        alone_outputs=(ALLOCATED,),
         preallocated=("both",),
         limit_s=225.0,
     ),
@@ -67,6 +72,7 @@ PROFILES = {
         effort=FULL,
         alone=dataclasses.replace(FULL, measure_s=0.3),
         alone_directions=("forward", "backward", "both", "step"),
+        alone_outputs=(ALLOCATED, PREALLOCATED),
         preallocated=("forward", "backward", "both"),
         limit_s=None,
     ),
@@ -278,14 +284,15 @@ class Benchmark:
 
     def _time_alone(self, progress: Progress) -> None:
         settings, soloists = self.settings, self._soloists()
-        directions = PROFILES[settings.profile].alone_directions
+        profile = PROFILES[settings.profile]
         for index, name in enumerate(soloists):
             done_before = index / len(soloists)
             progress(name, done_before)
             right = [
                 case
                 for case, outcomes in self._timed.items()
-                if case.direction in directions
+                if case.direction in profile.alone_directions
+                and case.outputs in profile.alone_outputs
                 and any(each.name == name and each.status == "ok" for each in outcomes)
             ]
             limit = None
@@ -409,7 +416,8 @@ class Benchmark:
         names = 2 + len(self.settings.peers)
         clocks = len(measure.CLOCKS[self.settings.device.type])
         each = names * clocks * (2 * self.settings.effort.measure_s)
-        return self._compile_s + cases_left * each + self._after_ops_s() + 8.0 * names
+        alone = _ALONE_S * len(self._soloists()) if self.settings.alone else 0.0
+        return self._compile_s + cases_left * each + self._after_ops_s() + alone
 
     def _after_ops_s(self) -> float:
         return _REPORT_S + (_MNIST_S if MNIST in self.settings.suites else 0.0)

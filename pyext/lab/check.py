@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from pyext.registry import Op
 
 Named = dict[str, torch.Tensor]
+_PART = 1 << 18  # elements that are compared at once; 2 MiB for each intermediate
 
 
 @dataclass(frozen=True)
@@ -95,44 +96,73 @@ def _compare_one(
     if not value.dtype.is_floating_point:
         wrong = int((value != reference.to(value.dtype)).sum())
         return float(wrong > 0), f"{wrong} of {value.numel()} integers differ" if wrong else ""
-    reference = reference.detach().to(value.device)
-    info = torch.finfo(value.dtype)
-    # What rounds beyond the range becomes infinite: the largest number plus half its last place.
-    limit = info.max * (1 + info.eps / 4)
-    infinite = torch.full_like(reference, math.inf).copysign(reference)
-    reference = torch.where(reference.abs() >= limit, infinite, reference)
-    actual = value.detach().double()
-    finite = reference.isfinite()
-    misplaced = torch.where(reference.isnan(), ~actual.isnan(), ~finite & (actual != reference))
-    misplaced |= finite & ~actual.isfinite()
-    if misplaced.any():
-        return math.inf, f"{int(misplaced.sum())} elements are wrongly NaN, infinite or finite"
-    if not reference.numel():
-        return 0.0, ""
-    error = torch.where(finite, actual - reference, 0)
-    base = before.detach().double().to(value.device) if before is not None else 0
-    reference = torch.where(finite, reference - base, 0)
-    scale, worst = reference.abs().max().item(), error.abs().max().item()
-    norm = reference.norm().item()
-    rel_err = error.norm().item() / norm if norm else 0.0
+    found = _Distance(value.dtype)
+    for part in _parts(value, reference.to(value.device), before):
+        found.add(*part)
+    if found.misplaced:
+        return math.inf, f"{found.misplaced} elements are wrongly NaN, infinite or finite"
+    rel_err = math.sqrt(found.error_squares / found.squares) if found.squares else 0.0
+    info, scale = torch.finfo(value.dtype), found.scale
     # Near the bottom of the range a result rounds to a multiple of the smallest subnormal.
     allowed = tolerance(value.dtype, terms) * scale + info.smallest_normal * info.eps
     if before is not None:
-        stored = info.eps * max(
-            base.abs().max().item(), torch.where(finite, actual, 0).abs().max().item()
-        )
+        stored = info.eps * found.stored
         if scale and stored > 0.1 * scale:
             return rel_err, (
                 f"the update ({scale:.3g}) is too small beside what storing the result rounds away "
                 f"({stored:.3g}) to be checked; take a larger step"
             )
         allowed += stored
-    if worst <= allowed:
+    if found.worst <= allowed:
         return rel_err, ""
     return rel_err or math.inf, (
-        f"off by {worst:.3g} where {allowed:.3g} is allowed (values up to {scale:.3g}, "
+        f"off by {found.worst:.3g} where {allowed:.3g} is allowed (values up to {scale:.3g}, "
         f"{value.dtype}, {terms} terms)"
     )
+
+
+def _parts(*tensors: torch.Tensor | None) -> Iterator[tuple[torch.Tensor | None, ...]]:
+    """Tensors of one shape, cut into equal pieces.
+
+    A comparison makes a dozen float64 intermediates. At 2^24 elements on a CPU they are fresh
+    memory and take 0.80 s; in pieces that stay in the caches, 0.18 s.
+    """
+    flat = [each if each is None else each.detach().reshape(-1) for each in tensors]
+    for start in range(0, flat[0].numel(), _PART):
+        yield tuple(each if each is None else each[start : start + _PART] for each in flat)
+
+
+class _Distance:
+    """What a comparison of floating-point results sums up over their parts."""
+
+    def __init__(self, dtype: torch.dtype):
+        info = torch.finfo(dtype)
+        # What rounds to infinity: from the largest number plus half its last place on.
+        self._limit = info.max * (1 + info.eps / 4)
+        self.misplaced = 0  # NaN, infinite or finite where the reference is not
+        self.squares = self.error_squares = 0.0
+        self.scale = self.worst = self.stored = 0.0
+
+    def add(
+        self, value: torch.Tensor, reference: torch.Tensor, before: torch.Tensor | None
+    ) -> None:
+        actual = value.double()
+        infinite = torch.full_like(reference, math.inf).copysign(reference)
+        reference = torch.where(reference.abs() >= self._limit, infinite, reference)
+        finite = reference.isfinite()
+        misplaced = torch.where(reference.isnan(), ~actual.isnan(), ~finite & (actual != reference))
+        self.misplaced += int((misplaced | finite & ~actual.isfinite()).sum())
+        error = torch.where(finite, actual - reference, 0)
+        self.worst = max(self.worst, error.abs().max().item())
+        self.error_squares += error.square().sum().item()
+        if before is not None:
+            before = before.double().to(value.device)
+            reference = reference - before
+            stored = torch.maximum(before.abs(), torch.where(finite, actual, 0).abs())
+            self.stored = max(self.stored, stored.max().item())
+        reference = torch.where(finite, reference, 0)
+        self.scale = max(self.scale, reference.abs().max().item())
+        self.squares += reference.square().sum().item()
 
 
 def call(

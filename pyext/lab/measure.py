@@ -28,6 +28,8 @@ _BATCH_S = 0.5e-3
 # libgomp's workers spin up to about 5 ms after a parallel region; let them fall asleep, so that one
 # variant's idle threads do not take the next one's cores.
 _SETTLE_S = 5e-3
+# Data of batches this long does not fit into a cache: nothing that could be brought back.
+_LONG_S = 20e-3
 _MIN_SAMPLES, _MAX_SAMPLES = 10, 120
 # Something that takes seconds a call is worth three samples, not ten.
 _PATIENCE_S = 3.0
@@ -167,9 +169,8 @@ def measure(
     ready = [subject for subject in subjects if subject.name not in results]
     with _no_garbage_collection():
         calls = {s.name: _warm_up(s, sample, effort.warmup_s) for s in ready}
-        counts = {
-            s.name: _sample_count(calls[s.name], sample(s, calls[s.name]), effort) for s in ready
-        }
+        batch_s = {s.name: calls[s.name] * sample(s, calls[s.name]) for s in ready}
+        counts = {name: _sample_count(each, effort) for name, each in batch_s.items()}
         # Equally many blocks for all, so that blocks pair; the slow ones then have one sample each.
         blocks = min([effort.blocks, *counts.values()])
         seconds = {s.name: [] for s in ready}
@@ -178,7 +179,10 @@ def measure(
             for index in order.permutation(len(ready)):
                 subject = ready[index]
                 n = calls[subject.name]
-                _switch_to(subject, sample, n, device)
+                if device.type == "cpu":
+                    time.sleep(_SETTLE_S)  # the previous subject's threads fall asleep
+                if batch_s[subject.name] < _LONG_S:
+                    sample(subject, n)  # brings this one's data and threads back
                 repeats = max(1, counts[subject.name] // blocks)
                 seconds[subject.name].append([sample(subject, n) for _ in range(repeats)])
     for name, each in seconds.items():
@@ -212,17 +216,10 @@ def _warm_up(subject: Subject, sample: Callable, seconds: float) -> int:
             return calls
 
 
-def _sample_count(calls: int, per_call: float, effort: Effort) -> int:
-    batch_s = calls * max(per_call, 1e-9)
+def _sample_count(batch_s: float, effort: Effort) -> int:
+    batch_s = max(batch_s, 1e-9)
     least = min(_MIN_SAMPLES, max(3, int(_PATIENCE_S / batch_s)))
     return min(max(int(effort.measure_s / batch_s), least), _MAX_SAMPLES)
-
-
-def _switch_to(subject: Subject, sample: Callable, calls: int, device: torch.device) -> None:
-    """Lets the previous subject's threads fall asleep and brings this one's data back."""
-    if device.type == "cpu":
-        time.sleep(_SETTLE_S)
-    sample(subject, calls)
 
 
 # --- clocks --------------------------------------------------------------------------------------
