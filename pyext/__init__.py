@@ -1,5 +1,5 @@
 """A performance lab for PyTorch extensions: each op written three ways, checked and measured."""
 
-from pyext.backends import backends, use_backend
+from pyext.backends import backends, empty_buffer_pool, use_backend
 
-__all__ = ["backends", "use_backend"]
+__all__ = ["backends", "empty_buffer_pool", "use_backend"]

@@ -150,3 +150,12 @@ def test_every_op_is_written_three_ways_under_one_name():
     assert sorted(P.__all__) == list(registry.ops())
     with pytest.raises(ValueError, match="unknown op 'tanh'; the ops are mse_loss, relu"):
         registry.get("tanh")
+
+
+def test_the_buffer_pool_can_be_emptied():
+    if reason := BACKENDS["extension"].unavailable("cpu"):
+        pytest.skip(reason)
+    w1, w2 = torch.randn(784, 512), torch.randn(512, 10)
+    P.two_layer(torch.randn(1024, 784), w1, w2, backend="extension")
+    assert 0 < pyext.empty_buffer_pool() <= 64 << 20
+    assert pyext.empty_buffer_pool() == 0

@@ -17,12 +17,13 @@ std::tuple<Tensor, Tensor> two_layer_forward(const Tensor& x, const Tensor& w1, 
   visit_floating(x.scalar_type(), "two_layer_forward", [&]<class T>(Type<T>) {
     using Acc = Accumulate<T>;
     PYEXT_ON_BEST_ISA({
-      kernels::product<Acc>(
-          view<T>(x), view<T>(w1), Parallel{},
-          kernels::StoreReluWithBias<Acc, T>{bias1.data<T>(), mutable_view<T>(hidden)});
-      kernels::product<Acc>(
-          view<T>(hidden), view<T>(w2), Parallel{},
-          kernels::StoreWithBias<Acc, T>{bias2.data<T>(), mutable_view<T>(out)});
+      const kernels::StoreWithBias<Acc, T> store_out{bias2.data<T>(), mutable_view<T>(out)};
+      kernels::forward_by_rows<Acc>(
+          view<T>(x), view<T>(w1), view<T>(w2), Parallel{},
+          kernels::StoreReluWithBias<Acc, T>{bias1.data<T>(), mutable_view<T>(hidden)},
+          [&](const auto& rows) {
+            kernels::product_of_rows<Acc>(rows, view<T>(hidden), view<T>(w2), store_out);
+          });
     });
   });
   return {out, hidden};

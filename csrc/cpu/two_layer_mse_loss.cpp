@@ -21,16 +21,17 @@ std::tuple<Tensor, Tensor, Tensor> two_layer_mse_loss_forward(
   visit_floating(x.scalar_type(), op, [&]<class T>(Type<T>) {
     using Acc = Accumulate<T>;
     PYEXT_ON_BEST_ISA({
-      kernels::product<Acc>(
-          view<T>(x), view<T>(w1), Parallel{},
-          kernels::StoreReluWithBias<Acc, T>{bias1.data<T>(), mutable_view<T>(hidden)});
       const int64_t partials = divide_up(n_out, kernels::Vector<Acc>::lanes);
       std::vector<double> partial_sums(n * partials);
-      kernels::product<Acc>(view<T>(hidden), view<T>(w2), Parallel{},
-                            kernels::StoreError<Acc, T, T>{
-                                bias2.data<T>(), view<T>(y), mutable_view<T>(error), Acc(1),
-                                reduction == kNone ? loss.mutable_data_ptr<T>() : nullptr,
-                                partial_sums.data(), partials});
+      const kernels::StoreError<Acc, T, T> store_error{
+          bias2.data<T>(), view<T>(y), mutable_view<T>(error), Acc(1),
+          reduction == kNone ? loss.mutable_data_ptr<T>() : nullptr, partial_sums.data(), partials};
+      kernels::forward_by_rows<Acc>(
+          view<T>(x), view<T>(w1), view<T>(w2), Parallel{},
+          kernels::StoreReluWithBias<Acc, T>{bias1.data<T>(), mutable_view<T>(hidden)},
+          [&](const auto& rows) {
+            kernels::product_of_rows<Acc>(rows, view<T>(hidden), view<T>(w2), store_error);
+          });
       if (reduction != kNone) {
         double sum = 0;
         for (const double each : partial_sums) sum += each;

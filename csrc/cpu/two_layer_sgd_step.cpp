@@ -1,4 +1,5 @@
-// two_layer_sgd_step on CPU tensors: five products, everything else in their epilogues.
+// two_layer_sgd_step on CPU tensors: five products, everything else in their epilogues; those that
+// need only the rows at hand in one parallel region.
 #include "common/two_layer_operands.h"
 
 #define PYEXT_KERNELS "two_layer.h"
@@ -22,23 +23,29 @@ Tensor two_layer_sgd_step(const Tensor& x, const Tensor& y, const Tensor& w1, co
     const auto grad_out = dense_view(grad_out_data.get(), n, n_out);
     const auto d = dense_view(d_data.get(), n, n_hidden);
     PYEXT_ON_BEST_ISA({
-      kernels::product<Acc>(view<T>(x), view<T>(w1), Parallel{},
-                            kernels::StoreReluWithBias<Acc, T>{nullptr, hidden});
+      const auto x_view = view<T>(x), w1_view = view<T>(w1), w2_view = view<T>(w2);
       // grad_out = 2 (prediction - y)
       const int64_t partials = divide_up(n_out, kernels::Vector<Acc>::lanes);
       std::vector<double> partial_sums(n * partials);
-      kernels::product<Acc>(as_const(hidden), view<T>(w2), Parallel{},
-                            kernels::StoreError<Acc, T, Acc>{nullptr, view<T>(y), grad_out, Acc(2),
-                                                             nullptr, partial_sums.data(),
-                                                             partials});
-      // w2 is read here, before the last product updates it.
-      kernels::product<Acc>(
-          as_const(grad_out), view<T>(w2).transposed(), Parallel{},
-          kernels::StoreWhereActive<Acc, T>{nullptr, as_const(hidden), d});
-      kernels::product<Acc>(view<T>(x).transposed(), as_const(d), Parallel{},
-                            kernels::Descend<Acc, T>{mutable_view<T>(w1), Acc(lr)});
-      kernels::product<Acc>(as_const(hidden).transposed(), as_const(grad_out), Parallel{},
-                            kernels::Descend<Acc, T>{mutable_view<T>(w2), Acc(lr)});
+      const kernels::StoreError<Acc, T, Acc> store_error{
+          nullptr, view<T>(y), grad_out, Acc(2), nullptr, partial_sums.data(), partials};
+      const kernels::StoreWhereActive<Acc, T> store_d{nullptr, as_const(hidden), d};
+      const auto rest = [&](const auto& rows) {
+        kernels::product_of_rows<Acc>(rows, as_const(hidden), w2_view, store_error);
+        kernels::product_of_rows<Acc>(rows, as_const(grad_out), w2_view.transposed(), store_d);
+      };
+      bool by_halves = false;
+      if constexpr (std::is_same_v<T, Acc>) {
+        by_halves = kernels::needs_no_packing<Acc>(x_view, w1_view);
+        if (by_halves)
+          kernels::forward_by_halves<Acc>(x_view, w1_view, hidden, Parallel{}, rest);
+      }
+      if (!by_halves)
+        kernels::forward_by_rows<Acc>(x_view, w1_view, w2_view, Parallel{},
+                                      kernels::StoreReluWithBias<Acc, T>{nullptr, hidden}, rest);
+      // From here on the weights change: all that read them is done.
+      kernels::descend<Acc>(x_view, as_const(hidden), as_const(d), as_const(grad_out),
+                            mutable_view<T>(w1), mutable_view<T>(w2), Acc(lr), Parallel{});
       double sum = 0;
       for (const double each : partial_sums) sum += each;
       *loss.mutable_data_ptr<T>() = T(Acc(sum));

@@ -16,7 +16,7 @@ def tensor(op: str, name: str, value: object) -> None:
     """``TypeError`` unless ``value`` is a tensor; ``NotImplementedError`` unless it is strided."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}(): argument {name!r} must be Tensor, not {type(value).__name__}")
-    if value.layout != torch.strided:
+    if value.layout is not torch.strided:
         raise NotImplementedError(
             f"{op}(): argument {name!r} has layout {value.layout}, only torch.strided is accepted"
         )
@@ -24,10 +24,11 @@ def tensor(op: str, name: str, value: object) -> None:
 
 def same_device(op: str, **tensors: torch.Tensor) -> torch.device:
     """The tensors' common device; ``RuntimeError`` if they are on different ones."""
-    (first, reference), *others = tensors.items()
-    device = reference.device
-    for name, value in others:
-        if value.device != device:
+    device = None
+    for name, value in tensors.items():
+        if device is None:
+            first, device = name, value.device
+        elif value.device != device:
             raise RuntimeError(
                 f"{op}(): expected all tensors to be on the same device, but {first!r} is on "
                 f"{device} and {name!r} is on {value.device}"
@@ -37,10 +38,11 @@ def same_device(op: str, **tensors: torch.Tensor) -> torch.device:
 
 def same_floating_dtype(op: str, **tensors: torch.Tensor) -> None:
     """``RuntimeError`` if dtypes differ, ``NotImplementedError`` if theirs is not floating."""
-    (first, reference), *others = tensors.items()
-    dtype = reference.dtype
-    for name, value in others:
-        if value.dtype != dtype:
+    dtype = None
+    for name, value in tensors.items():
+        if dtype is None:
+            first, dtype = name, value.dtype
+        elif value.dtype != dtype:
             raise RuntimeError(
                 f"{op}(): expected all tensors to have the same dtype, but {first!r} is "
                 f"{dtype} and {name!r} is {value.dtype}"
@@ -136,6 +138,15 @@ def updatable_in_place(op: str, updated: dict[str, torch.Tensor], **read: torch.
                 f"{op}(): inplace update to inference tensor {name!r} outside InferenceMode is not "
                 "allowed; clone it first"
             )
+    # Usually all lie apart: that is seen at once, and each pair is looked at only where it is not.
+    end = 1
+    for begin, next_end in sorted(ranges.values()):
+        if begin < end:
+            break
+        end = next_end
+    else:
+        return
+    for name, value in updated.items():
         begin, end = ranges[name]
         for other_name, other in everything.items():
             if other_name == name:
@@ -164,9 +175,9 @@ def _overlaps_itself(matrix: torch.Tensor) -> bool:
 
 def _address_range(value: torch.Tensor) -> tuple[int, int]:
     """The addresses that a tensor spans, on one device; empty where it has no elements or data."""
-    if not value.numel() or value.is_meta:
+    begin = 0 if value.is_meta else value.data_ptr()
+    if not begin:  # no elements, too, have no address
         return 0, 0
-    begin = value.data_ptr()
     if value.is_contiguous():
         return begin, begin + value.nbytes
     last = sum(

@@ -66,7 +66,10 @@ def two_layer_sgd_step(
     if chosen.namespace is None:
         with torch.autocast(x.device.type, enabled=False):
             return eager(x, y, w1, w2, lr)
-    with torch.no_grad():
+    if torch.is_grad_enabled() and any(each.requires_grad for each in (x, y, w1, w2)):
+        with torch.no_grad():
+            loss = chosen.raw.two_layer_sgd_step(x, y, w1, w2, lr)
+    else:
         loss = chosen.raw.two_layer_sgd_step(x, y, w1, w2, lr)
     # The stable ABI does not count what it mutates, and a stale saved tensor must be an error.
     # (torch.compile functionalizes the op and counts by itself.)

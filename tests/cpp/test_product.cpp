@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "check.h"
+#include "common/buffer.h"
 #include "common/matrix.h"
 
 #define PYEXT_KERNELS "common/product.h"

@@ -4,8 +4,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <type_traits>
 
 namespace pyext {
@@ -19,21 +17,12 @@ struct Matrix {
     return data[i * row_stride + j * column_stride];
   }
   Matrix transposed() const { return {data, columns, rows, column_stride, row_stride}; }
-};
-
-// Uninitialised memory for packed operands, aligned to the widest vectors.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size)
-      : data_(static_cast<T*>(::operator new(size * sizeof(T) + 64, std::align_val_t(64)))) {}
-  T* get() const { return data_.get(); }
-
- private:
-  struct Delete {
-    void operator()(T* data) const { ::operator delete(data, std::align_val_t(64)); }
-  };
-  std::unique_ptr<T, Delete> data_;
+  Matrix row_range(int64_t begin, int64_t end) const {
+    return {data + begin * row_stride, end - begin, columns, row_stride, column_stride};
+  }
+  Matrix column_range(int64_t begin, int64_t end) const {
+    return {data + begin * column_stride, rows, end - begin, row_stride, column_stride};
+  }
 };
 
 // A callable by reference. The tiled product is compiled once for each accumulation type and tile

@@ -15,8 +15,8 @@ struct Vector {
 };
 
 // Terms that one accumulator sums before it is added to the rest: the rounding error of a sum of
-// 1000 random terms falls to 0.4 of that of one long chain, for 2 % more work.
-constexpr int64_t kSumBlock = 128;
+// 1000 random terms falls to half of that of one long chain, for 1 % more work (128: 3 %).
+constexpr int64_t kSumBlock = 256;
 
 template <int kRows, int kVectors>
 struct Tile {};
@@ -44,11 +44,11 @@ __attribute__((noinline)) void microkernel(int64_t depth, const Acc* a, const Ac
     }
 }
 
-// The depth of a block: 512 rows of a two-vector panel are 64 KiB, which stays in L2.
-constexpr int64_t kDepthBlock = 512;
-// Columns packed at once: 512 x 2048 floats are 4 MiB, a share of L3.
+// The depth of a block: 1024 rows of a two-vector panel are 128 KiB, a part of L2.
+constexpr int64_t kDepthBlock = 1024;
+// Columns packed at once: 1024 x 2048 floats are 8 MiB, a share of L3.
 constexpr int64_t kColumnBlock = 2048;
-// Rows packed at once by a thread: 96 x 512 floats are 192 KiB, a part of L2.
+// Rows packed at once by a thread: 96 x 1024 floats are 384 KiB, a part of L2.
 constexpr int64_t kRowBlock = 96;
 // Multiply-adds below which one thread is faster: waking the second costs about 5 µs.
 constexpr int64_t kSerialWork = 1 << 18;
@@ -114,19 +114,37 @@ struct Operands {
   FunctionRef<void(int64_t, int64_t, int64_t, int64_t, const Acc*, int64_t)> finish;
 };
 
+// How the tasks of a product are arranged over C, one for each thread.
+struct Grid {
+  int64_t rows, columns;
+};
+
+// The arrangement that leaves the busiest thread the fewest tiles.
+inline Grid split(int64_t slabs, int64_t panels, int64_t threads) {
+  Grid best{1, 1};
+  int64_t fewest = slabs * panels;
+  for (int64_t rows = std::min(slabs, threads); rows > 0; --rows) {
+    const int64_t columns = std::min(panels, threads / rows);
+    const int64_t tiles = divide_up(slabs, rows) * divide_up(panels, columns);
+    if (tiles < fewest) {
+      fewest = tiles;
+      best = {rows, columns};
+    }
+  }
+  return best;
+}
+
 template <class Acc, int kRows, int kVectors, class Parallel>
 void tiled_product(const Operands<Acc>& of, const Parallel& parallel) {
   constexpr int64_t kPanel = kVectors * Vector<Acc>::lanes;
   const int64_t m = of.m, n = of.n, depth = of.depth;
   const int64_t threads = m * n * depth < kSerialWork ? 1 : parallel.threads;
 
-  // As many row blocks as there are threads; where rows do not suffice, panels are split as well.
-  const int64_t row_block =
-      std::min(divide_up(kRowBlock, kRows), divide_up(divide_up(m, threads), kRows)) * kRows;
-  const int64_t row_blocks = divide_up(m, row_block);
+  const int64_t slabs = divide_up(m, kRows), row_block = std::max<int64_t>(kRowBlock / kRows, 1);
   const int64_t column_block = std::min(kColumnBlock / kPanel, divide_up(n, kPanel)) * kPanel;
-  const int64_t depth_block = std::min(std::max<int64_t>(depth, 1), kDepthBlock);
-  const bool one_depth_block = depth <= kDepthBlock;
+  const int64_t depth_blocks = std::max<int64_t>(divide_up(depth, kDepthBlock), 1);
+  const int64_t depth_block = std::max<int64_t>(divide_up(depth, depth_blocks), 1);
+  const bool one_depth_block = depth_blocks == 1;
 
   Buffer<Acc> packed_b(depth_block * column_block);
   // Sums of earlier depth blocks wait here; a single block goes from registers to the epilogue.
@@ -134,8 +152,7 @@ void tiled_product(const Operands<Acc>& of, const Parallel& parallel) {
 
   for (int64_t j_begin = 0; j_begin < n; j_begin += column_block) {
     const int64_t panels = divide_up(std::min(column_block, n - j_begin), kPanel);
-    const int64_t panel_groups =
-        row_blocks >= threads ? 1 : std::min(panels, divide_up(threads, row_blocks));
+    const Grid grid = split(slabs, panels, threads);
     for (int64_t k_begin = 0; k_begin == 0 || k_begin < depth; k_begin += depth_block) {
       const int64_t block_depth = std::min(depth_block, depth - k_begin);
       const bool first = k_begin == 0, last = k_begin + block_depth >= depth;
@@ -144,35 +161,42 @@ void tiled_product(const Operands<Acc>& of, const Parallel& parallel) {
           of.pack_b(j_begin + panel * kPanel, k_begin, block_depth,
                     packed_b.get() + panel * kPanel * block_depth);
       });
-      parallel(row_blocks * panel_groups, threads, [&](int64_t begin, int64_t end) {
-        Buffer<Acc> packed_a(row_block * block_depth);
+      // Rows slab_begin … slab_end by panels panel_begin … panel_end of C.
+      const auto multiply = [&](int64_t slab_begin, int64_t slab_end, int64_t panel_begin,
+                                int64_t panel_end, Acc* packed_a, Acc* c) {
+        const int64_t i_begin = slab_begin * kRows;
+        of.pack_a(i_begin, std::min(slab_end * kRows, m) - i_begin, k_begin, block_depth, packed_a);
+        for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+          const int64_t j = j_begin + panel * kPanel;
+          const Acc* b_panel = packed_b.get() + panel * kPanel * block_depth;
+          for (int64_t slab = slab_begin; slab < slab_end; ++slab) {
+            const int64_t i = slab * kRows, rows = std::min<int64_t>(kRows, m - i);
+            const Acc* a_slab = packed_a + (slab - slab_begin) * kRows * block_depth;
+            // The tile's place among the sums; a last slab may lack rows, so it goes by copy.
+            Acc* waiting =
+                one_depth_block ? nullptr : sums.get() + i * column_block + panel * kPanel;
+            if (!first)
+              for (int64_t r = 0; r < rows; ++r)
+                std::memcpy(c + r * kPanel, waiting + r * column_block, kPanel * sizeof(Acc));
+            multiply_tile<Acc, kRows, kVectors>(block_depth, a_slab, b_panel, c, !first);
+            if (last)
+              of.finish(i, rows, j, std::min(kPanel, n - j), c, kPanel);
+            else
+              for (int64_t r = 0; r < rows; ++r)
+                std::memcpy(waiting + r * column_block, c + r * kPanel, kPanel * sizeof(Acc));
+          }
+        }
+      };
+      parallel(grid.rows * grid.columns, threads, [&](int64_t begin, int64_t end) {
+        Buffer<Acc> packed_a(std::min(row_block, divide_up(slabs, grid.rows)) * kRows *
+                             block_depth);
         Buffer<Acc> tile(kRows * kPanel);
         for (int64_t task = begin; task < end; ++task) {
-          const int64_t i_begin = task / panel_groups * row_block, group = task % panel_groups;
-          const int64_t rows = std::min(row_block, m - i_begin);
-          of.pack_a(i_begin, rows, k_begin, block_depth, packed_a.get());
-          for (int64_t panel = panels * group / panel_groups;
-               panel < panels * (group + 1) / panel_groups; ++panel) {
-            const int64_t j = j_begin + panel * kPanel;
-            const Acc* b_panel = packed_b.get() + panel * kPanel * block_depth;
-            for (int64_t slab = 0; slab < rows; slab += kRows) {
-              const int64_t i = i_begin + slab, slab_rows = std::min<int64_t>(kRows, rows - slab);
-              const Acc* a_slab = packed_a.get() + slab * block_depth;
-              Acc* c = tile.get();
-              // The tile's place among the sums; a last slab may lack rows, so it goes by copy.
-              Acc* waiting = one_depth_block ? nullptr
-                                             : sums.get() + i * column_block + panel * kPanel;
-              if (!first)
-                for (int64_t r = 0; r < slab_rows; ++r)
-                  std::memcpy(c + r * kPanel, waiting + r * column_block, kPanel * sizeof(Acc));
-              multiply_tile<Acc, kRows, kVectors>(block_depth, a_slab, b_panel, c, !first);
-              if (last)
-                of.finish(i, slab_rows, j, std::min(kPanel, n - j), c, kPanel);
-              else
-                for (int64_t r = 0; r < slab_rows; ++r)
-                  std::memcpy(waiting + r * column_block, c + r * kPanel, kPanel * sizeof(Acc));
-            }
-          }
+          const int64_t row = task / grid.columns, column = task % grid.columns;
+          const int64_t slab_end = slabs * (row + 1) / grid.rows;
+          for (int64_t slab = slabs * row / grid.rows; slab < slab_end; slab += row_block)
+            multiply(slab, std::min(slab + row_block, slab_end), panels * column / grid.columns,
+                     panels * (column + 1) / grid.columns, packed_a.get(), tile.get());
         }
       });
     }
@@ -184,34 +208,64 @@ void tiled_product(const Operands<Acc>& of, const Parallel& parallel) {
 constexpr int64_t kDirectBytes = 512 << 10;
 constexpr int kDirectRows = 4, kDirectVectors = 7;
 
-// c = a @ b for a slab of rows and all columns of B where it lies: 28 accumulators, and one vector
-// of B at a time. The last vector overlaps the one before, so that nothing is read past a row's end.
-template <class Acc>
+// What a microkernel does with its sums and what is there before them.
+struct Overwrite {
+  static constexpr bool kReads = false;
+  template <class V>
+  V operator()(V, V sums) const {
+    return sums;
+  }
+};
+struct Accumulate {
+  static constexpr bool kReads = true;
+  template <class V>
+  V operator()(V before, V sums) const {
+    return before + sums;
+  }
+};
+
+// c = merge(c, a @ b) for a slab of rows and all columns of B where it lies: 28 accumulators, and one
+// vector of B at a time. The last vector, a Tail, overlaps the one before, so that nothing is read
+// past a row's end; where a quarter of a vector suffices (hidden 100 is 6 x 16 + 4), it costs half as
+// much. A's rows are neighbours (kUnitRows) if A is a transposed matrix.
+template <class Acc, class Tail, bool kUnitRows, class Merge>
 __attribute__((noinline)) void direct_microkernel(int64_t depth, const Acc* a, int64_t a_row_stride,
                                                   int64_t a_step, const Acc* b, int64_t b_step,
-                                                  int64_t columns, Acc* c, bool accumulate) {
+                                                  int64_t columns, Acc* c, int64_t c_row_stride,
+                                                  const Merge& merge) {
   using V = typename Vector<Acc>::type;
-  typedef V Unaligned __attribute__((aligned(alignof(Acc))));
+  typedef V Full __attribute__((aligned(alignof(Acc))));
+  typedef Tail Last __attribute__((aligned(alignof(Acc))));
   constexpr int64_t lanes = Vector<Acc>::lanes;
-  const auto vector = [=](int j) { return j < kDirectVectors - 1 ? j * lanes : columns - lanes; };
-  V acc[kDirectRows][kDirectVectors] = {};
+  constexpr int kFull = kDirectVectors - 1;
+  const int64_t tail = columns - int64_t(sizeof(Tail) / sizeof(Acc));
+  V acc[kDirectRows][kFull] = {};
+  Tail acc_tail[kDirectRows] = {};
   for (int64_t k = 0; k < depth; ++k) {
-    Acc a_column[kDirectRows];
-    for (int i = 0; i < kDirectRows; ++i) a_column[i] = a[i * a_row_stride];
-    for (int j = 0; j < kDirectVectors; ++j) {
-      const V b_vector = *reinterpret_cast<const Unaligned*>(b + vector(j));
-      for (int i = 0; i < kDirectRows; ++i) acc[i][j] += a_column[i] * b_vector;
+    // Broadcast by each multiplication from L1: with four more registers for it there are 33.
+    const auto a_element = [&](int i) { return a[kUnitRows ? i : i * a_row_stride]; };
+    for (int j = 0; j < kFull; ++j) {
+      const V b_vector = *reinterpret_cast<const Full*>(b + j * lanes);
+      for (int i = 0; i < kDirectRows; ++i) acc[i][j] += a_element(i) * b_vector;
     }
+    const Tail b_tail = *reinterpret_cast<const Last*>(b + tail);
+    for (int i = 0; i < kDirectRows; ++i) acc_tail[i] += a_element(i) * b_tail;
     a += a_step;
     b += b_step;
   }
   for (int i = 0; i < kDirectRows; ++i) {
-    // All of a row is read before any of it is written, because of the overlap.
-    if (accumulate)
-      for (int j = 0; j < kDirectVectors; ++j)
-        acc[i][j] += *reinterpret_cast<const Unaligned*>(c + i * columns + vector(j));
-    for (int j = 0; j < kDirectVectors; ++j)
-      *reinterpret_cast<Unaligned*>(c + i * columns + vector(j)) = acc[i][j];
+    Acc* row = c + i * c_row_stride;
+    // Because of the overlap the tail is merged before, and written after, the vectors.
+    Tail merged = {};
+    if constexpr (Merge::kReads) merged = *reinterpret_cast<const Last*>(row + tail);
+    merged = merge(merged, acc_tail[i]);
+    for (int j = 0; j < kFull; ++j) {
+      Full* out = reinterpret_cast<Full*>(row + j * lanes);
+      V before = {};
+      if constexpr (Merge::kReads) before = *out;
+      *out = merge(before, acc[i][j]);
+    }
+    *reinterpret_cast<Last*>(row + tail) = merged;
   }
 }
 
@@ -224,25 +278,70 @@ bool is_direct(const Matrix<const Acc>& a, const Matrix<const Acc>& b) {
 }
 
 // The sums are those of the packed product, in the same order.
-template <class Acc, class Parallel, class Epilogue>
+template <class Acc, class Tail, bool kUnitRows, class Parallel, class Epilogue>
 void direct_product(const Matrix<const Acc>& a, const Matrix<const Acc>& b,
                     const Parallel& parallel, const Epilogue& epilogue) {
   const int64_t n = b.columns;
   const int64_t threads = a.rows * n * b.rows < kSerialWork ? 1 : parallel.threads;
   parallel(divide_up(a.rows, kDirectRows), threads, [&](int64_t begin, int64_t end) {
-    Acc sums[kDirectRows * kDirectVectors * Vector<Acc>::lanes];
+    Acc tile[kDirectRows * kDirectVectors * Vector<Acc>::lanes];
+    const auto multiply = [&](int64_t i, int64_t k, Acc* c, int64_t c_row_stride, auto merge) {
+      direct_microkernel<Acc, Tail, kUnitRows>(
+          std::min(kSumBlock, b.rows - k), &a(i, k), a.row_stride, a.column_stride,
+          b.data + k * b.row_stride, b.row_stride, n, c, c_row_stride, merge);
+    };
     for (int64_t slab = begin; slab < end; ++slab) {
       // The last slab repeats rows of the one before rather than having fewer.
       const int64_t first = slab * kDirectRows, i = std::min(first, a.rows - kDirectRows);
-      for (int64_t k = 0; k == 0 || k < b.rows; k += kSumBlock)
-        direct_microkernel<Acc>(std::min(kSumBlock, b.rows - k), a.data + i * a.row_stride +
-                                k * a.column_stride, a.row_stride, a.column_stride,
-                                b.data + k * b.row_stride, b.row_stride, n, sums, k > 0);
-      for (int64_t r = first - i; r < kDirectRows; ++r) epilogue(i + r, 0, n, sums + r * n);
+      if constexpr (requires { epilogue.in_place(i); })
+        if (i == first && b.rows <= kSumBlock && epilogue.can_be_in_place()) {
+          multiply(i, 0, epilogue.in_place(i), epilogue.row_stride(), epilogue);
+          continue;
+        }
+      multiply(i, 0, tile, n, Overwrite{});
+      for (int64_t k = kSumBlock; k < b.rows; k += kSumBlock) multiply(i, k, tile, n, Accumulate{});
+      for (int64_t r = first - i; r < kDirectRows; ++r) epilogue(i + r, 0, n, tile + r * n);
     }
   });
 }
+
+template <class Acc, class Parallel, class Epilogue>
+void direct_product(const Matrix<const Acc>& a, const Matrix<const Acc>& b,
+                    const Parallel& parallel, const Epilogue& epilogue) {
+  using Full = typename Vector<Acc>::type;
+  typedef Acc Quarter __attribute__((vector_size(PYEXT_VECTOR_BYTES / 4)));
+  const auto run = [&]<class Tail>(Tail) {
+    if (a.row_stride == 1)
+      direct_product<Acc, Tail, true>(a, b, parallel, epilogue);
+    else
+      direct_product<Acc, Tail, false>(a, b, parallel, epilogue);
+  };
+  constexpr int64_t lanes = Vector<Acc>::lanes;
+  if (b.columns - (kDirectVectors - 1) * lanes <= lanes / 4)
+    run(Quarter{});
+  else
+    run(Full{});
+}
 #endif
+
+// Runs everything on the thread that calls.
+struct Serial {
+  static constexpr int64_t threads = 1;
+
+  template <class F>
+  void operator()(int64_t tasks, int64_t, const F& f) const {
+    f(int64_t(0), tasks);
+  }
+};
+
+// Whether `product` reads B where it lies, so that threads need not share a packed copy.
+template <class Acc, class TA, class TB>
+bool needs_no_packing(const Matrix<const TA>& a, const Matrix<const TB>& b) {
+#if PYEXT_VECTOR_REGISTERS == 32
+  if constexpr (std::is_same_v<TA, Acc> && std::is_same_v<TB, Acc>) return is_direct(a, b);
+#endif
+  return false;
+}
 
 // epilogue(i, j, count, sums): row i, columns j … j + count of A @ B, in the accumulation type. It
 // is called once for every element, from several threads, each call's elements on one of them.

@@ -1,6 +1,7 @@
 // What the launches of the two-layer ops share: views of tensors, checks, threads.
 #pragma once
 
+#include "common/buffer.h"
 #include "common/matrix.h"
 #include "common/tensors.h"
 

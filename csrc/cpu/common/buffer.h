@@ -1,0 +1,115 @@
+// Uninitialised memory for intermediates. No PyTorch in here.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace pyext {
+
+// Blocks are kept between calls: a step at 1024 x 784 x 512 x 10 needs 6 MB of them, and fresh
+// memory would cost it 1500 page faults a call. At most kMost bytes are kept, in huge pages.
+class BufferPool {
+ public:
+  static constexpr size_t kHugePage = 2 << 20, kMost = 64 << 20;
+
+  // Never destroyed: threads may still give back blocks while the process ends.
+  static BufferPool& instance() {
+    static BufferPool* pool = new BufferPool;
+    return *pool;
+  }
+
+  // A block of at least `size` bytes; `size` becomes what it has.
+  void* take(size_t& size) {
+    size = (size + alignment(size) - 1) / alignment(size) * alignment(size);
+    // Whoever finds the pool in use goes without it: a fork may have left it locked for ever.
+    if (std::unique_lock lock(mutex_, std::try_to_lock); lock) {
+      auto best = blocks_.end();
+      for (auto block = blocks_.begin(); block != blocks_.end(); ++block)
+        if (block->size >= size && block->size <= 2 * size &&
+            (best == blocks_.end() || block->size < best->size))
+          best = block;
+      if (best != blocks_.end()) {
+        void* data = best->data;
+        size = best->size;
+        kept_ -= size;
+        *best = blocks_.back();
+        blocks_.pop_back();
+        return data;
+      }
+    }
+    void* data = ::operator new(size, std::align_val_t(alignment(size)));
+#ifdef MADV_HUGEPAGE
+    if (size >= kHugePage) madvise(data, size, MADV_HUGEPAGE);
+#endif
+    return data;
+  }
+
+  void give_back(void* data, size_t size) {
+    if (std::unique_lock lock(mutex_, std::try_to_lock);
+        lock && kept_ + size <= kMost) {
+      blocks_.push_back({data, size});
+      kept_ += size;
+      return;
+    }
+    release({data, size});
+  }
+
+  // Frees what is kept and returns how many bytes that were.
+  size_t empty() {
+    const std::lock_guard lock(mutex_);
+    for (const Block& block : blocks_) release(block);
+    blocks_.clear();
+    const size_t freed = kept_;
+    kept_ = 0;
+    return freed;
+  }
+
+ private:
+  struct Block {
+    void* data;
+    size_t size;
+  };
+
+  static constexpr size_t alignment(size_t size) { return size >= kHugePage ? kHugePage : 64; }
+  static void release(const Block& block) {
+    ::operator delete(block.data, std::align_val_t(alignment(block.size)));
+  }
+
+  std::mutex mutex_;
+  std::vector<Block> blocks_;
+  size_t kept_ = 0;
+};
+
+// Memory for `size` values, aligned to the widest vectors. A small one lies in the object, on its
+// user's stack: twenty calls of malloc would be a quarter of a tiny step's time.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : bytes_(size * sizeof(T)) {
+    data_ = is_small() ? reinterpret_cast<T*>(small_)
+                       : static_cast<T*>(BufferPool::instance().take(bytes_));
+  }
+  ~Buffer() {
+    if (!is_small()) BufferPool::instance().give_back(data_, bytes_);
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  T* get() const { return data_; }
+
+ private:
+  bool is_small() const { return bytes_ <= sizeof(small_); }
+
+  size_t bytes_;
+  T* data_;
+  alignas(64) unsigned char small_[16 << 10];
+};
+
+}  // namespace pyext

@@ -1,0 +1,49 @@
+// The pool of buffers: blocks come back, no more than its bound is kept, and it can be emptied.
+
+#include <cstdint>
+
+#include "check.h"
+#include "common/buffer.h"
+
+namespace {
+
+using pyext::Buffer;
+using pyext::BufferPool;
+
+bool is_aligned(const void* data, size_t alignment) {
+  return reinterpret_cast<uintptr_t>(data) % alignment == 0;
+}
+
+}  // namespace
+
+int main() {
+  const float* first;
+  {
+    const Buffer<float> a(1 << 20);
+    first = a.get();
+    CHECK(is_aligned(first, BufferPool::kHugePage));
+  }
+  {
+    const Buffer<float> again(1 << 20), other(1 << 20), small(100), none(0);
+    CHECK(again.get() == first);
+    CHECK(other.get() != first);
+    CHECK(is_aligned(other.get(), 64) && is_aligned(small.get(), 64) && is_aligned(none.get(), 64));
+    for (int i = 0; i < 1 << 20; ++i) again.get()[i] = other.get()[i] = 1;
+  }
+  CHECK(BufferPool::instance().empty() == 2 * sizeof(float) << 20);
+  CHECK(BufferPool::instance().empty() == 0);
+  {
+    const Buffer<char> too_large(BufferPool::kMost + 1), large(BufferPool::kMost);
+    const Buffer<char> one_more(5 << 20);
+  }
+  CHECK(BufferPool::instance().empty() <= BufferPool::kMost);
+  {
+    const Buffer<char> large(40 << 20);
+  }
+  {
+    // A block more than twice as large as is needed stays for those who need it.
+    const Buffer<char> less(10 << 20);
+    CHECK(BufferPool::instance().empty() == size_t{40} << 20);
+  }
+  return failures != 0;
+}

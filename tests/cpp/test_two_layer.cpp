@@ -1,0 +1,113 @@
+// The fused training step without PyTorch: both arrangements of its products, shared among threads.
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "check.h"
+#include "common/buffer.h"
+#include "common/matrix.h"
+
+#define PYEXT_KERNELS "two_layer.h"
+#include "common/for_each_isa.h"
+
+namespace {
+
+using pyext::Matrix;
+
+// Runs the tasks one after another in as many shares as there are threads, the last share first: none
+// may need what another one does.
+struct Backwards {
+  int64_t threads;
+  template <class Body>
+  void operator()(int64_t tasks, int64_t threads_wanted, const Body& body) const {
+    const int64_t share = pyext::divide_up(tasks, std::min(threads, threads_wanted));
+    for (int64_t begin = (tasks - 1) / share * share; begin >= 0; begin -= share)
+      body(begin, std::min(begin + share, tasks));
+  }
+};
+
+// Small integers, so that every sum is exact in any order.
+template <class T>
+struct Values {
+  std::vector<T> data;
+  int64_t rows, columns;
+
+  Values(int64_t rows, int64_t columns, int step = 0)
+      : data(rows * columns), rows(rows), columns(columns) {
+    for (size_t i = 0; i < data.size() && step; ++i) data[i] = static_cast<T>(i * step % 5) - 2;
+  }
+  T& operator()(int64_t i, int64_t j) { return data[i * columns + j]; }
+  Matrix<T> matrix() { return {data.data(), rows, columns, columns, 1}; }
+  Matrix<const T> view() const { return {data.data(), rows, columns, columns, 1}; }
+};
+
+template <class T>
+void check_step(int64_t n, int64_t n_in, int64_t n_hidden, int64_t n_out, int64_t threads,
+                bool by_halves) {
+  const Values<T> x(n, n_in, 3), y(n, n_out, 2), w1_before(n_in, n_hidden, 7);
+  const Values<T> w2_before(n_hidden, n_out, 3);
+  Values<T> w1 = w1_before, w2 = w2_before, hidden(n, n_hidden), grad_out(n, n_out), d(n, n_hidden);
+  const T lr = T(0.5);
+  PYEXT_ON_BEST_ISA({
+    const int64_t partials = pyext::divide_up(n_out, kernels::Vector<T>::lanes);
+    std::vector<double> partial_sums(n * partials);
+    const kernels::StoreError<T, T, T> store_error{
+        nullptr, y.view(), grad_out.matrix(), 2, nullptr, partial_sums.data(), partials};
+    const kernels::StoreWhereActive<T, T> store_d{nullptr, hidden.view(), d.matrix()};
+    const auto rest = [&](const auto& rows) {
+      kernels::product_of_rows<T>(rows, hidden.view(), w2.view(), store_error);
+      kernels::product_of_rows<T>(rows, grad_out.view(), w2.view().transposed(), store_d);
+    };
+    if (by_halves)
+      kernels::forward_by_halves<T>(x.view(), w1.view(), hidden.matrix(), Backwards{threads}, rest);
+    else
+      kernels::forward_by_rows<T>(x.view(), w1.view(), w2.view(), Backwards{threads},
+                                  kernels::StoreReluWithBias<T, T>{nullptr, hidden.matrix()}, rest);
+    kernels::descend<T>(x.view(), hidden.view(), d.view(), grad_out.view(), w1.matrix(),
+                        w2.matrix(), lr, Backwards{threads});
+  });
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < n_hidden; ++j) {
+      T sum = 0, back = 0;
+      for (int64_t k = 0; k < n_in; ++k) sum += x.view()(i, k) * w1_before.view()(k, j);
+      CHECK(hidden(i, j) == std::max(sum, T(0)));
+      for (int64_t k = 0; k < n_out; ++k) back += grad_out(i, k) * w2_before.view()(j, k);
+      CHECK(d(i, j) == (sum > 0 ? back : T(0)));
+    }
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t k = 0; k < n_out; ++k) {
+      T out = 0;
+      for (int64_t j = 0; j < n_hidden; ++j) out += hidden(i, j) * w2_before.view()(j, k);
+      CHECK(grad_out(i, k) == 2 * (out - y.view()(i, k)));
+    }
+  for (int64_t k = 0; k < n_in; ++k)
+    for (int64_t j = 0; j < n_hidden; ++j) {
+      T gradient = 0;
+      for (int64_t i = 0; i < n; ++i) gradient += x.view()(i, k) * d(i, j);
+      CHECK(w1(k, j) == w1_before.view()(k, j) - lr * gradient);
+    }
+  for (int64_t j = 0; j < n_hidden; ++j)
+    for (int64_t k = 0; k < n_out; ++k) {
+      T gradient = 0;
+      for (int64_t i = 0; i < n; ++i) gradient += hidden(i, j) * grad_out(i, k);
+      CHECK(w2(j, k) == w2_before.view()(j, k) - lr * gradient);
+    }
+}
+
+}  // namespace
+
+int main() {
+  for (int64_t threads : {1, 2, 3, 8})
+    for (int64_t n : {1, 4, 6, 33, 66})
+      for (int64_t n_in : {1, 5, 61, 301})
+        for (int64_t n_hidden : {7, 52, 97, 98, 100, 101, 112}) {
+          check_step<double>(n, n_in, n_hidden, 3, threads, false);
+          check_step<double>(n, n_in, n_hidden, 3, threads, true);
+        }
+  check_step<double>(40, 64, 300, 200, 3, false);  // w2 too large for a copy of each thread's own
+  check_step<double>(300, 9, 52, 3, 2, true);  // a batch of more than one sum block
+  check_step<float>(6, 5, 100, 1, 2, true);
+  check_step<float>(9, 3, 97, 2, 3, true);
+  return failures != 0;
+}
