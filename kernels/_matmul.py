@@ -149,12 +149,15 @@ def _stored_itemsize(specialised):
 def _matmul_limits(specialised):
     """One program on a multiprocessor at least, in what sm_80 has of shared memory (163 KiB a
     program): choose_tiling gives the large tiles all registers. Loads of aligned operands are as
-    wide as VECTOR says; stores follow the layout of the sums in registers, so that a single element
-    is all that is promised.
+    wide as VECTOR says, as far as the larger tile has so many elements for each thread (16 x 16
+    float32 on 128 threads: 2); stores follow the layout of the sums in registers, so that a single
+    element is all that is promised.
 
     spill_bytes: two registers that are set aside before the loop over K cost nothing.
     """
-    itemsize, vector = specialised.itemsize("a"), specialised.constants["VECTOR"]
+    itemsize, constants = specialised.itemsize("a"), specialised.constants
+    tile = max(constants["BLOCK_M"], constants["BLOCK_N"]) * constants["BLOCK_K"]
+    vector = min(constants["VECTOR"], max(tile // specialised.threads, 1))
     return Limits(
         registers=registers_for(1, specialised.threads),
         load_bytes=itemsize * (vector if specialised.aligned("a", "b") else 1),
@@ -291,12 +294,17 @@ def _matmul_kernel(
 
 
 def _add_parts_limits(specialised):
-    """Few programs, each of which walks the parts of a tile: bandwidth is not what bounds them."""
+    """Few programs, each of which walks the parts of a tile: bandwidth is not what bounds them.
+
+    spill_bytes: a mean in float64 ends in a division, whose subroutine for subnormal operands saves
+    two registers around its call.
+    """
     return Limits(
         registers=registers_for(1, specialised.threads),
         load_bytes=specialised.itemsize("parts"),
         store_bytes=specialised.itemsize("out"),
         shared_bytes=48 * 1024,
+        spill_bytes=8 if specialised.itemsize("parts") == 8 else 0,
     )
 
 

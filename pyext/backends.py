@@ -307,6 +307,11 @@ def _unavailable(name: str, device_type: str, op: str) -> str | None:
 
 
 def _best(device_type: str, op: str) -> str:
+    return _best_now(device_type, op)
+
+
+@functools.cache
+def _best_now(device_type: str, op: str) -> str:
     for name, backend in BACKENDS.items():
         if not backend.interpreted and _unavailable_now(name, device_type, op) is None:
             return name

@@ -13,6 +13,7 @@ from pyext.ops._autograd import differentiable
 from pyext.registry import FLOATING_DTYPES, Cost, ErrorInput, Op, RawOp, SampleInput
 
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_DTYPES = FLOATING_DTYPES + INTEGER_DTYPES
 
 
 def relu(x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
@@ -37,8 +38,8 @@ def relu(x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     uint64 are refused.
     """
     _checks.tensor("relu", "x", x)
-    if x.dtype not in FLOATING_DTYPES and x.dtype not in INTEGER_DTYPES:
-        accepted = ", ".join(str(each) for each in FLOATING_DTYPES + INTEGER_DTYPES)
+    if x.dtype not in _DTYPES:
+        accepted = ", ".join(map(str, _DTYPES))
         raise NotImplementedError(f"relu(): not implemented for {x.dtype}; accepted are {accepted}")
     chosen = select(backend, x.device, "relu")
     if chosen.namespace is None:
