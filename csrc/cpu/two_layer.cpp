@@ -66,13 +66,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> two_layer_backward(
         if (need_x)
           kernels::product<Acc>(as_const(d), view<T>(w1).transposed(), Parallel{},
                                 Store{nullptr, mutable_view<T>(grad_x)});
-        if (need_w1)
+        if (need_w1 && need_w2)
+          kernels::weight_products<Acc>(view<T>(x), view<T>(hidden), as_const(d),
+                                        view<T>(grad_out), Parallel{},
+                                        Store{nullptr, mutable_view<T>(grad_w1)},
+                                        Store{nullptr, mutable_view<T>(grad_w2)});
+        else if (need_w1)
           kernels::product<Acc>(view<T>(x).transposed(), as_const(d), Parallel{},
                                 Store{nullptr, mutable_view<T>(grad_w1)});
         if (need_b1)
           kernels::column_sums<Acc>(as_const(d), grad_b1.mutable_data_ptr<T>(), Parallel{});
       }
-      if (need_w2)
+      if (need_w2 && !need_w1)
         kernels::product<Acc>(view<T>(hidden).transposed(), view<T>(grad_out), Parallel{},
                               Store{nullptr, mutable_view<T>(grad_w2)});
       if (need_b2)

@@ -44,8 +44,10 @@ Tensor two_layer_sgd_step(const Tensor& x, const Tensor& y, const Tensor& w1, co
         kernels::forward_by_rows<Acc>(x_view, w1_view, w2_view, Parallel{},
                                       kernels::StoreReluWithBias<Acc, T>{nullptr, hidden}, rest);
       // From here on the weights change: all that read them is done.
-      kernels::descend<Acc>(x_view, as_const(hidden), as_const(d), as_const(grad_out),
-                            mutable_view<T>(w1), mutable_view<T>(w2), Acc(lr), Parallel{});
+      kernels::weight_products<Acc>(x_view, as_const(hidden), as_const(d), as_const(grad_out),
+                                    Parallel{},
+                                    kernels::Descend<Acc, T>{mutable_view<T>(w1), Acc(lr)},
+                                    kernels::Descend<Acc, T>{mutable_view<T>(w2), Acc(lr)});
       double sum = 0;
       for (const double each : partial_sums) sum += each;
       *loss.mutable_data_ptr<T>() = T(Acc(sum));

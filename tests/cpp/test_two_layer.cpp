@@ -48,6 +48,7 @@ void check_step(int64_t n, int64_t n_in, int64_t n_hidden, int64_t n_out, int64_
   const Values<T> x(n, n_in, 3), y(n, n_out, 2), w1_before(n_in, n_hidden, 7);
   const Values<T> w2_before(n_hidden, n_out, 3);
   Values<T> w1 = w1_before, w2 = w2_before, hidden(n, n_hidden), grad_out(n, n_out), d(n, n_hidden);
+  Values<T> g1(n_in, n_hidden), g2(n_hidden, n_out);
   const T lr = T(0.5);
   PYEXT_ON_BEST_ISA({
     const int64_t partials = pyext::divide_up(n_out, kernels::Vector<T>::lanes);
@@ -64,8 +65,12 @@ void check_step(int64_t n, int64_t n_in, int64_t n_hidden, int64_t n_out, int64_
     else
       kernels::forward_by_rows<T>(x.view(), w1.view(), w2.view(), Backwards{threads},
                                   kernels::StoreReluWithBias<T, T>{nullptr, hidden.matrix()}, rest);
-    kernels::descend<T>(x.view(), hidden.view(), d.view(), grad_out.view(), w1.matrix(),
-                        w2.matrix(), lr, Backwards{threads});
+    kernels::weight_products<T>(x.view(), hidden.view(), d.view(), grad_out.view(),
+                                Backwards{threads}, kernels::StoreWithBias<T, T>{nullptr, g1.matrix()},
+                                kernels::StoreWithBias<T, T>{nullptr, g2.matrix()});
+    kernels::weight_products<T>(x.view(), hidden.view(), d.view(), grad_out.view(),
+                                Backwards{threads}, kernels::Descend<T, T>{w1.matrix(), lr},
+                                kernels::Descend<T, T>{w2.matrix(), lr});
   });
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = 0; j < n_hidden; ++j) {
@@ -85,12 +90,14 @@ void check_step(int64_t n, int64_t n_in, int64_t n_hidden, int64_t n_out, int64_
     for (int64_t j = 0; j < n_hidden; ++j) {
       T gradient = 0;
       for (int64_t i = 0; i < n; ++i) gradient += x.view()(i, k) * d(i, j);
+      CHECK(g1(k, j) == gradient);
       CHECK(w1(k, j) == w1_before.view()(k, j) - lr * gradient);
     }
   for (int64_t j = 0; j < n_hidden; ++j)
     for (int64_t k = 0; k < n_out; ++k) {
       T gradient = 0;
       for (int64_t i = 0; i < n; ++i) gradient += hidden(i, j) * grad_out(i, k);
+      CHECK(g2(j, k) == gradient);
       CHECK(w2(j, k) == w2_before.view()(j, k) - lr * gradient);
     }
 }
