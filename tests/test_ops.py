@@ -263,12 +263,27 @@ def _surrounded(value, filler: float):
     return copy
 
 
+# For the networks: beyond every block of the C++ product but depth; beyond that of depth (1024) in
+# each product, with so few rows for a thread that those of one may take another path; the paths that
+# need no packing.
+LARGE_SHAPES = {
+    1: [(200_003,)],
+    4: [(203, 700, 301, 37), (20, 1100, 1500, 16), (1100, 64, 100, 10), (1100, 9, 52, 3)],
+}
+
+
 @pytest.mark.parametrize("dtype", registry.FLOATING_DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("op", registry.ops().values(), ids=lambda op: op.name)
-def test_large_result_is_right_and_does_not_depend_on_the_thread_count(op, dtype):
+@pytest.mark.parametrize(
+    ("op", "shape"),
+    [
+        pytest.param(op, shape, id=f"{op.name}-{'x'.join(map(str, shape))}")
+        for op in registry.ops().values()
+        for shape in LARGE_SHAPES[len(op.shape_names)]
+    ],
+)
+def test_large_result_is_right_and_does_not_depend_on_the_thread_count(op, shape, dtype):
     if reason := BACKENDS["extension"].unavailable("cpu"):
         pytest.skip(reason)
-    shape = {1: (200_003,), 4: (203, 700, 301, 37)}[len(op.shape_names)]
     inputs = op.benchmark_inputs(shape, dtype, "cpu", torch.Generator().manual_seed(0))
     args = with_visible_step(op, inputs)
     result = check.verify(op, through(op, "extension"), args)
@@ -276,7 +291,7 @@ def test_large_result_is_right_and_does_not_depend_on_the_thread_count(op, dtype
     threads = torch.get_num_threads()
     results = []
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 4, 16):
             torch.set_num_threads(count)
             results.append(check.call(op, through(op, "extension"), args))
     finally:

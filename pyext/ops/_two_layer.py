@@ -213,8 +213,9 @@ def fake_two_layer_backward(
     return tuple(x.new_empty(shape if needed else (0,)) for shape, needed in shapes)
 
 
-# Beyond one block of rows (96) and depth (512), and of columns (2048), of the C++ product, and
-# beyond one tile of the others; too many elements for finite differences.
+# Beyond one block of rows (96) and of columns (2048, which are the depth of other products: beyond
+# one of 1024, too) of the C++ product, and beyond one tile of the others; too many elements for
+# finite differences.
 LARGE_SAMPLE_SHAPES = {
     "blocks": (130, 530, 70, 33),
     "panel": (66, 301, 100, 10),  # all of hidden in one panel of registers on AVX-512

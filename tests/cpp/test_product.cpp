@@ -67,8 +67,11 @@ void check_sizes() {
       for (int64_t depth : {0, 1, 7, 64, 513})
         for (int transposed = 0; transposed < 4; ++transposed)
           check_product<T>(m, n, depth, transposed & 1, transposed & 2, 1);
-  // Large enough to be split among threads.
+  // Large enough to be split among threads, beyond a block of depth.
   check_product<T>(131, 67, 1030, false, true, 3);
+  check_product<T>(131, 67, 1500, true, false, 4);
+  check_product<T>(3, 70, 2050, false, false, 2);
+  check_product<T>(29, 10, 1500, false, true, 2);
 }
 
 }  // namespace

@@ -182,10 +182,13 @@ void tiled_product(const Operands<Acc>& of, const Parallel& parallel) {
   const int64_t slabs = divide_up(m, kRows), row_block = std::max<int64_t>(kRowBlock / kRows, 1);
   const int64_t column_block = std::min(kColumnBlock / kPanel, divide_up(n, kPanel)) * kPanel;
   const int64_t depth_blocks = std::max<int64_t>(divide_up(depth, kDepthBlock), 1);
-  const int64_t depth_block = std::max<int64_t>(divide_up(depth, depth_blocks), 1);
-  const bool one_depth_block = depth_blocks == 1;
+  // Whole sum blocks: every path then adds the same sums in the same order, so that which one a
+  // thread's share of the rows takes does not show.
+  const int64_t depth_block =
+      divide_up(std::max<int64_t>(divide_up(depth, depth_blocks), 1), kSumBlock) * kSumBlock;
+  const bool one_depth_block = depth <= depth_block;
 
-  Buffer<Acc> packed_b(depth_block * column_block);
+  Buffer<Acc> packed_b(std::min(depth_block, depth) * column_block);
   // Sums of earlier depth blocks wait here; a single block goes from registers to the epilogue.
   Buffer<Acc> sums(one_depth_block ? 0 : m * column_block);
 
