@@ -263,8 +263,8 @@ def _surrounded(value, filler: float):
     return copy
 
 
-# For the networks: beyond every block of the C++ product but that of depth; beyond that (1024) in each
-# product, with so few rows for a thread that those of one may take another path; no packing.
+# For the networks: beyond every block of the C++ product but that of depth; beyond that (1024) in
+# each product, with so few rows for a thread that one's may take another path; no packing.
 LARGE_SHAPES = {
     1: [(200_003,)],
     4: [(203, 700, 301, 37), (20, 1100, 1500, 16), (1100, 64, 100, 10), (1100, 9, 52, 3)],
