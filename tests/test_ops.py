@@ -340,3 +340,25 @@ def test_hand_written_peer_agrees(op, dtype):
         op.reduction_length(*args),
     )
     assert result.ok, result.detail
+
+
+@pytest.mark.parametrize(("backend", "device"), configurations())
+@pytest.mark.parametrize("op", [each for each in registry.ops().values() if not each.is_step])
+def test_a_gradient_of_any_strides_is_read_by_them(op, backend, device):
+    """The upstream gradient transposed, and expanded from one element."""
+    shape = {1: (35,), 4: (5, 4, 3, 7)}[len(op.shape_names)]
+    args = op.benchmark_inputs(shape, torch.float32, device, torch.Generator(device).manual_seed(0))
+    if op.name == "mse_loss":
+        args = (*(each.detach().view(5, 7).requires_grad_() for each in args[:2]), "none")
+    elif op.name == "relu":
+        args = (args[0].detach().view(5, 7).requires_grad_(),)
+
+    def gradients(function, grad):
+        leaves = [each.detach().requires_grad_() for each in args if torch.is_tensor(each)]
+        out = function(*leaves, *(each for each in args if not torch.is_tensor(each)))
+        return torch.autograd.grad(out, leaves, grad.expand(out.shape) if out.dim() else grad[0, 0])
+
+    for grad in (torch.randn(7, 5).t(), torch.randn(1, 1), torch.randn(5, 1)):
+        expected = gradients(op.eager, grad.to(device))
+        actual = gradients(through(op, backend), grad.to(device))
+        torch.testing.assert_close(actual, expected)
