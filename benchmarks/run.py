@@ -167,7 +167,13 @@ def _parser() -> argparse.ArgumentParser:
         help="leave out what does not fit into that time (default: quick about 4, full no limit)",
     )
     add("--out", type=Path, metavar="DIR", help="where results.json, the CSV and the plots go")
-    add("--seed", type=int, default=0, metavar="N", help="of data, order and bootstrap; default: 0")
+    add(
+        "--seed",
+        type=_seed,
+        default=0,
+        metavar="N",
+        help="of data, order and bootstrap; default: 0",
+    )
     add("--threads", type=_positive, metavar="N", help="PyTorch's CPU threads; default: PyTorch's")
     add("--list", action="store_true", help="print what there is to run, and stop")
     return parser
@@ -181,6 +187,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
+def _seed(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 2**31:
+        raise argparse.ArgumentTypeError(f"must be between 0 and {2**31 - 1}, not {number}")
     return number
 
 

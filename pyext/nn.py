@@ -7,6 +7,7 @@ change into it without losing anything: same parameters, same hooks, same place 
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Iterator
 
 import torch
@@ -100,6 +101,12 @@ class TwoLayerNet(nn.Sequential):
         return functional.two_layer(
             input, first.weight.t(), last.weight.t(), first.bias, last.bias, backend=self.backend
         )
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        """A module, or for a slice an `nn.Sequential` of some, which is no network of this kind."""
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
 
     def extra_repr(self) -> str:
         return f"backend={self.backend!r}"

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import sys
 import time
@@ -30,6 +31,7 @@ from pyext.workloads.engine import HyperParameters, TestResult, Training
 
 OK, FAILED, WRONG_USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130
 DEFAULTS = HyperParameters()
+MOST_SEED = 2**31 - 1  # the engine makes one of 64 bits for each epoch from it
 
 
 class _Missing(RuntimeError):
@@ -61,8 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(parser: argparse.ArgumentParser, options: argparse.Namespace, console: Console) -> int:
     state = engine.load_checkpoint(options.resume) if options.resume else None
     hyper = _hyper_parameters(parser, options, state)
-    if options.save is not None and not options.save.parent.is_dir():
-        parser.error(f"--save: there is no folder {options.save.parent}")
+    if options.save is not None:
+        if not options.save.parent.is_dir():
+            parser.error(f"--save: there is no folder {options.save.parent}")
+        if options.save.is_dir():
+            parser.error(f"--save: {options.save} is a folder, not a file")
+        if not os.access(options.save.parent, os.W_OK):
+            parser.error(f"--save: the folder {options.save.parent} cannot be written to")
     if state is not None and options.backend == "all":
         parser.error("--resume continues one run; it does not go with --backend all")
     device = _device(options.device)
@@ -342,7 +349,7 @@ def _parser() -> argparse.ArgumentParser:
             _number(lambda value: 0 < value <= 1, "above 0 and at most 1"),
             "what the learning rate is multiplied by after each epoch",
         ),
-        ("--seed", _integer(least=0), "of weights, order and dropout"),
+        ("--seed", _integer(least=0, most=MOST_SEED), "of weights, order and dropout"),
     ):
         default = getattr(DEFAULTS, flag.removeprefix("--").replace("-", "_"))
         parser.add_argument(flag, type=kind, metavar="N", help=f"{text} (default: {default})")
@@ -352,12 +359,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _integer(least: int) -> Callable[[str], int]:
+def _integer(least: int, most: float = math.inf) -> Callable[[str], int]:
+    wanted = f"of at least {least}" if most == math.inf else f"between {least} and {most}"
+
     def parse(text: str) -> int:
         with contextlib.suppress(ValueError):
-            if (value := int(text)) >= least:
+            if least <= (value := int(text)) <= most:
                 return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {least}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer {wanted}")
 
     return parse
 

@@ -412,3 +412,13 @@ def test_swapped_models_compile():
     lab.swap(model, name)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*inputs), expected)
+
+
+def test_a_slice_of_a_swapped_sequential_is_what_it_was():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    x = torch.randn(5, 3)
+    expected = model[:2](x)
+    lab.swap(model, "eager")
+    assert type(model[:2]) is torch.nn.Sequential and len(model[:-1]) == 2
+    assert model[1:].state_dict().keys() == {"2.weight", "2.bias"}
+    torch.testing.assert_close(model[:2](x), expected, rtol=0, atol=0)

@@ -401,6 +401,8 @@ def _markdown_cell(row: Row | None, checked: bool) -> str:
     if row is None:
         return "checked" if checked else "–"
     floor = "" if row["kind"] == "peer" else f", {row['pct_of_floor']:.0f} % of floor"
+    if floor and row["pct_of_floor"] > 100:
+        floor += " (in the caches?)"
     if row["verdict"] == "baseline":
         return f"{seconds(row['median_s'])}{floor}"
     if row["verdict"] == "no difference":
