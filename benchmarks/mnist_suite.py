@@ -23,7 +23,7 @@ SUITE = "mnist"
 # A step takes about a second in Triton's interpreter: one is enough to see that every swapped op
 # runs in its place; the ops' own rows check them in depth.
 _INTERPRETED_STEPS = {"quick": 1, "full": 20}
-_INTERPRETED_CHECKS = 2  # of each network: its ReLU alone, and all of it in float64
+_INTERPRETED_CHECKS = (compare.check_relu_bitwise, compare.check_float64)
 
 
 def run(settings: Settings, progress: Progress) -> Section:
@@ -67,7 +67,8 @@ def run(settings: Settings, progress: Progress) -> Section:
         interpreted = _interpreted_parity(settings.profile)
         section["parity"] += interpreted
         for each in compare.WORKLOADS:
-            if sum(check["workload"] == each for check in interpreted) < _INTERPRETED_CHECKS:
+            answers = [check for check in interpreted if check["workload"] == each]
+            if len(answers) < len(_INTERPRETED_CHECKS):
                 reason = "the process that ran Triton's interpreter ended before all checks"
                 rows.append(_row(each, "triton", settings, "skipped", reason))
                 notes.append(f"{each}, triton: not checked, {reason}.")
@@ -130,6 +131,7 @@ def _speed_rows(
         }
         rows.append(row)
     timed = {(each.workload, each.backend) for each in found.speed}
+    told = {(row["op"], row["variant"]) for row in earlier}
     for workload, backend in dict.fromkeys(
         (each["workload"], each["backend"]) for each in section["parity"]
     ):
@@ -146,7 +148,6 @@ def _speed_rows(
                 kept = dict.fromkeys(("median_s", "p20_s", "p80_s", "interleaved_median_s"))
                 row |= kept | dict.fromkeys(("ratio_vs_eager", "ratio_ci", "verdict"))
                 row |= {"status": "wrong", "verified": False, "reason": wrong["detail"]}
-        told = {(row["op"], row["variant"]) for row in earlier}
         if (workload, backend) not in timed and (wrong or (workload, backend) not in told):
             status = "wrong" if wrong else "interpreted"
             row = _row(workload, backend, settings, status, wrong["detail"] if wrong else None)
@@ -196,7 +197,7 @@ def _child() -> None:
     images, _ = data.load_or_digits("mnist")
     steps = _INTERPRETED_STEPS[request["profile"]]
     for workload in compare.WORKLOADS:
-        for check in (compare.check_relu_bitwise, compare.check_float64):
+        for check in _INTERPRETED_CHECKS:
             found = check(
                 workload,
                 images,

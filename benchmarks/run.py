@@ -35,7 +35,7 @@ from rich.progress import (  # noqa: E402
 )
 from rich.table import Table  # noqa: E402
 
-from pyext import registry  # noqa: E402
+from pyext import _arguments, registry  # noqa: E402
 from pyext.backends import BACKENDS  # noqa: E402
 from pyext.lab import environment, report  # noqa: E402
 from pyext.lab.bench import (  # noqa: E402
@@ -162,46 +162,30 @@ def _parser() -> argparse.ArgumentParser:
     add("--profile", choices=tuple(PROFILES), default="quick", help="default: quick")
     add(
         "--minutes",
-        type=_minutes,
+        type=_arguments.number(lambda value: value > 0, "above 0"),
         metavar="N",
         help="leave out what does not fit into that time (default: quick about 4, full no limit)",
     )
     add("--out", type=Path, metavar="DIR", help="where results.json, the CSV and the plots go")
     add(
         "--seed",
-        type=_seed,
+        type=_arguments.seed,
         default=0,
         metavar="N",
         help="of data, order and bootstrap; default: 0",
     )
-    add("--threads", type=_positive, metavar="N", help="PyTorch's CPU threads; default: PyTorch's")
+    add(
+        "--threads",
+        type=_arguments.integer(1),
+        metavar="N",
+        help="PyTorch's CPU threads; default: PyTorch's",
+    )
     add("--list", action="store_true", help="print what there is to run, and stop")
     return parser
 
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
-    return number
-
-
-def _seed(text: str) -> int:
-    number = int(text)
-    if not 0 <= number < 2**31:
-        raise argparse.ArgumentTypeError(f"must be between 0 and {2**31 - 1}, not {number}")
-    return number
-
-
-def _minutes(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be more than 0, not {text}")
-    return number
 
 
 def _effort(profile: Profile, minutes: float | None) -> Effort:

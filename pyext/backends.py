@@ -248,7 +248,7 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: no backend has that name.
     """
-    _lookup(name)
+    lookup(name)
     previous = getattr(_default, "name", None)
     _default.name = name
     try:
@@ -282,13 +282,14 @@ def select(name: str | None, device: torch.device, op: str) -> Backend:
     name = name if name is not None else getattr(_default, "name", None)
     if name is None:
         return BACKENDS[_best(device.type, op)]
-    backend = _lookup(name)
+    backend = lookup(name)
     if reason := _unavailable(name, device.type, op):
         raise RuntimeError(f"{op}: backend {name!r} is not available for {device}: {reason}")
     return backend
 
 
-def _lookup(name: str) -> Backend:
+def lookup(name: str) -> Backend:
+    """The backend of that name; ``ValueError`` if there is none."""
     backend = BACKENDS.get(name) if isinstance(name, str) else None
     if backend is None:
         known = ", ".join(map(repr, BACKENDS))

@@ -212,7 +212,8 @@ def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> No
     for row in rows:
         # Escaped: rich would take a path in brackets for a style.
         table.add_row(*(cell.replace("[", r"\[") for cell in row))
-    Console().print(table)
+    # Piped, a table is as wide as it needs to be: names that are split cannot be searched for.
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyext import functional
-from pyext.backends import select
+from pyext.backends import lookup, select
 
 __all__ = ["MSELoss", "ReLU", "Swap", "SwapRecord", "TwoLayerNet", "swap"]
 
@@ -263,6 +263,7 @@ def _note(module: nn.Module, target: type[nn.Module]) -> str:
 def _check_available(model: nn.Module, backend: str | None, ops: set[str]) -> None:
     if backend is None:
         return
+    lookup(backend)  # all that can be said of a model on meta
     devices = {parameter.device for parameter in model.parameters()} or {torch.device("cpu")}
     for device in sorted(devices, key=str):
         if device.type != "meta":

@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pyext import _arguments
 from pyext.backends import BACKENDS, Backend, backends
 from pyext.workloads import data as datasets
 from pyext.workloads import engine, mnist_cnn
@@ -31,7 +31,6 @@ from pyext.workloads.engine import HyperParameters, TestResult, Training
 
 OK, FAILED, WRONG_USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130
 DEFAULTS = HyperParameters()
-MOST_SEED = 2**31 - 1  # the engine makes one of 64 bits for each epoch from it
 
 
 class _Missing(RuntimeError):
@@ -55,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except engine.Diverged as error:
         errors.print(f"Stopped: {error}.", markup=False)
         return FAILED
+    except OSError as error:
+        errors.print(f"Stopped, after what is shown above: {error}.", markup=False)
+        return MISSING
     except KeyboardInterrupt:
         errors.print("Interrupted; nothing was saved since the last epoch.")
         return INTERRUPTED
@@ -341,44 +343,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--save", type=Path, metavar="FILE", help="write a checkpoint each epoch")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="go on from a checkpoint")
     for flag, kind, text in (
-        ("--epochs", _integer(least=1), "how often to go through the training set"),
-        ("--batch-size", _integer(least=1), "examples in a step"),
-        ("--lr", _number(lambda value: value > 0, "above 0"), "Adadelta's learning rate"),
+        ("--epochs", _arguments.integer(1), "how often to go through the training set"),
+        ("--batch-size", _arguments.integer(1), "examples in a step"),
+        ("--lr", _arguments.number(lambda value: value > 0, "above 0"), "Adadelta's learning rate"),
         (
             "--gamma",
-            _number(lambda value: 0 < value <= 1, "above 0 and at most 1"),
+            _arguments.number(lambda value: 0 < value <= 1, "above 0 and at most 1"),
             "what the learning rate is multiplied by after each epoch",
         ),
-        ("--seed", _integer(least=0, most=MOST_SEED), "of weights, order and dropout"),
+        ("--seed", _arguments.seed, "of weights, order and dropout"),
     ):
         default = getattr(DEFAULTS, flag.removeprefix("--").replace("-", "_"))
         parser.add_argument(flag, type=kind, metavar="N", help=f"{text} (default: {default})")
     parser.add_argument(
-        "--threads", type=_integer(least=1), metavar="N", help="default: PyTorch's choice"
+        "--threads", type=_arguments.integer(1), metavar="N", help="default: PyTorch's choice"
     )
     return parser
-
-
-def _integer(least: int, most: float = math.inf) -> Callable[[str], int]:
-    wanted = f"of at least {least}" if most == math.inf else f"between {least} and {most}"
-
-    def parse(text: str) -> int:
-        with contextlib.suppress(ValueError):
-            if least <= (value := int(text)) <= most:
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer {wanted}")
-
-    return parse
-
-
-def _number(accepts: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if math.isfinite(value := float(text)) and accepts(value):
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number {wanted}")
-
-    return parse
 
 
 def _device_name(text: str) -> str:

@@ -91,8 +91,10 @@ class TestCommandLine:
                 ["--suite", "mnist", "--shape", "4"],
                 "--shape 4 fits none of the chosen suites: none takes a shape",
             ),
-            (["--threads", "0"], "must be at least 1"),
-            (["--threads", "many"], "--threads"),
+            (["--threads", "0"], "'0' is not an integer of at least 1"),
+            (["--threads", "many"], "'many' is not an integer of at least 1"),
+            (["--seed", "-1"], "'-1' is not an integer from 0 to 2147483647"),
+            (["--minutes", "0"], "'0' is not a number above 0"),
             (["--device", "tpu"], "--device"),
             (["--profile", "slow"], "'quick', 'full'"),
         ],
@@ -339,3 +341,38 @@ def _wait_for_rows(process: subprocess.Popen, path: Path, at_least: int) -> int:
                 return rows
         time.sleep(0.1)
     pytest.fail("no rows within two minutes")
+
+
+class TestMnist:
+    """The suite with the training left out."""
+
+    @pytest.fixture
+    def section(self, run, monkeypatch):
+        """The suite's section, rows and notes, given what Triton's interpreter answered."""
+        suite = sys.modules["mnist_suite"]
+        parser = run._parser()
+        options = parser.parse_args(["--suite", "mnist", "--device", "cpu"])
+        settings = run._settings(parser, options, torch.device("cpu"), None, False)
+        nothing = suite.compare.Comparison("digits", (), (), (), ())
+        monkeypatch.setattr(suite.compare, "run", lambda *args, **kwargs: nothing)
+        monkeypatch.setattr(suite.data, "load_or_digits", lambda name: (None, None))
+
+        def of(answers):
+            monkeypatch.setattr(suite, "_interpreted_parity", lambda profile: answers)
+            return suite.run(settings, lambda what, done: None)
+
+        return of
+
+    def test_an_interpreter_that_dies_is_a_row_and_a_note(self, section):
+        answer = {"workload": "mnist_cnn", "backend": "triton", "batch_size": 2, "ok": True}
+        answers = [
+            {**answer, "check": "relu_bitwise", "distance": 0.0},
+            {**answer, "check": "float64", "distance": 0.0},
+            {**answer, "workload": "mnist_mlp", "check": "relu_bitwise", "distance": 0.0},
+        ]
+        _, rows, notes = section(answers)
+        assert {row["op"]: row["status"] for row in rows if row["variant"] == "triton"} == {
+            "mnist_cnn": "interpreted",
+            "mnist_mlp": "skipped",
+        }
+        assert len(rows) == 2 and len(notes) == 1 and notes[0].startswith("mnist_mlp, triton: not")

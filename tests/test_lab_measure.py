@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyext.lab import measure, report, results, roofline
+from pyext.lab import check, measure, report, results, roofline
 from pyext.lab.cases import Case
 from pyext.lab.measure import Effort, Samples, Subject, ratio_of_medians
 from pyext.registry import Cost
@@ -271,3 +271,31 @@ class TestRows:
     )
     def test_seconds_read_well(self, value, text):
         assert report.seconds(value) == text
+
+
+class TestCompare:
+    """A comparison goes piece by piece; each piece counts."""
+
+    @pytest.mark.parametrize("place", [0, check._PART - 1, check._PART, 2 * check._PART + 4])
+    @pytest.mark.parametrize("value", [7.0, torch.nan, torch.inf])
+    def test_one_wrong_element_is_found_wherever_it_is(self, place, value):
+        expected = torch.randn(2 * check._PART + 5, dtype=torch.float64).clamp(-4, 4)
+        actual = expected.float()
+        assert check.compare({"out": actual}, {"out": expected}, 1)
+        actual[place] = value
+        found = check.compare({"out": actual}, {"out": expected}, 1)
+        assert not found and "out: " in found.detail
+
+    def test_an_update_is_compared_wherever_it_is(self):
+        before = torch.zeros(check._PART + 3, dtype=torch.float64)
+        expected = before.clone()
+        expected[-1] = 1.0
+        off = check.compare({"w": before.float()}, {"w": expected}, 1, {"w": before})
+        assert not off and off.rel_err == 1.0
+
+
+def test_a_markdown_cell_above_its_floor_is_marked():
+    row = {"kind": "backend", "verdict": "baseline", "median_s": 1e-3, "pct_of_floor": 120.0}
+    assert report._markdown_cell(row, False) == "1.00 ms, 120 % of floor (in the caches?)"
+    row["pct_of_floor"] = 99.0
+    assert report._markdown_cell(row, False) == "1.00 ms, 99 % of floor"

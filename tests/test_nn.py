@@ -422,3 +422,10 @@ def test_a_slice_of_a_swapped_sequential_is_what_it_was():
     assert type(model[:2]) is torch.nn.Sequential and len(model[:-1]) == 2
     assert model[1:].state_dict().keys() == {"2.weight", "2.bias"}
     torch.testing.assert_close(model[:2](x), expected, rtol=0, atol=0)
+
+
+def test_an_unknown_backend_is_refused_on_meta_too():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU()).to("meta")
+    with pytest.raises(ValueError, match="unknown backend 'foo'"):
+        lab.swap(model, "foo")
+    assert type(model[1]) is torch.nn.ReLU

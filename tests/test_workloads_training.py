@@ -344,11 +344,13 @@ def test_a_second_ctrl_c_stops_at_once(folder, capsys, monkeypatch):
         ("--gamma", "0"),
         ("--gamma", "1.5"),
         ("--seed", "-1"),
+        ("--seed", str(2**31)),
         ("--threads", "0"),
         ("--device", "tpu"),
         ("--device", "cuda:x"),
         ("--dataset", "cifar"),
         ("--save", "no/such/folder/run.pt"),
+        ("--save", "."),
         ("--resume", "no-such-file.pt"),
         ("--frobnicate",),
     ],
@@ -356,6 +358,15 @@ def test_a_second_ctrl_c_stops_at_once(folder, capsys, monkeypatch):
 def test_wrong_usage(folder, capsys, arguments):
     code, _, err = _main(capsys, *arguments)
     assert code == 2 and arguments[0] in err
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_sentence(folder, capsys, monkeypatch):
+    def full(training, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(engine, "save_checkpoint", full)
+    code, _, err = _main(capsys, "--dataset", "digits", "--epochs", 1, "--save", folder / "run.pt")
+    assert code == 3 and "No space left on device" in err
 
 
 def test_wrong_usage_of_resume(folder, capsys, loaded):

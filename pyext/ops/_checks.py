@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 
 import torch
 
@@ -95,7 +95,8 @@ def learning_rate(op: str, lr: object) -> float:
     """``lr`` as a float; ``TypeError`` unless a number, ``ValueError`` if negative, NaN or inf."""
     if isinstance(lr, bool) or not isinstance(lr, (int, float)):
         raise TypeError(f"{op}(): argument 'lr' must be a float, not {type(lr).__name__}")
-    if not 0 <= lr < math.inf:
+    # (An integer may be finite and still too large for a float.)
+    if not 0 <= lr <= sys.float_info.max:
         raise ValueError(f"Invalid learning rate: {lr}; {op}() accepts 0 <= lr < inf")
     return float(lr)
 

@@ -113,8 +113,9 @@ def error_inputs(device) -> Iterator[ErrorInput]:
         args = (*case.args, 0.1)
         yield ErrorInput(args, case.error_type, case.error_regex, name=case.name)
     x, y, w1, w2 = (torch.ones(each, device=device) for each in ((5, 4), (5, 2), (4, 3), (3, 2)))
-    for lr in (-0.1, float("nan"), float("inf")):
-        yield ErrorInput((x, y, w1, w2, lr), ValueError, "Invalid learning rate", name=f"lr_{lr}")
+    for lr in (-0.1, float("nan"), float("inf"), 10**400):
+        name = f"lr_{lr}"[:8]
+        yield ErrorInput((x, y, w1, w2, lr), ValueError, "Invalid learning rate", name=name)
     yield ErrorInput((x, y, w1, w2, "fast"), TypeError, "'lr' must be a float", name="lr_str")
     yield ErrorInput((x[None], y, w1, w2, 0.1), RuntimeError, "'x' must be a matrix", name="x_3d")
     expanded = torch.ones(4, 1, device=device).expand(4, 3)

@@ -31,6 +31,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
+from pyext import _arguments
 from pyext.lab.mutants import generate, patches, trial
 from pyext.lab.mutants.patches import FOLDER, Mutant, PatchError
 from pyext.lab.mutants.scratch import ROOT, BuildFailed, Scratch
@@ -53,17 +54,29 @@ MOST_DRAWS = 5
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add = parser.add_argument
-    add("--seed", type=int, default=0, metavar="N", help="of the automatic mutants; default: 0")
+    add(
+        "--seed",
+        type=_arguments.seed,
+        default=0,
+        metavar="N",
+        help="of the automatic mutants; default: 0",
+    )
     add(
         "--automatic",
-        type=_count,
+        type=_arguments.integer(0),
         metavar="N",
         help="how many automatic mutants must change an output (default: as many as by hand)",
     )
     add("--way", type=_names, metavar="NAMES", help=f"of {', '.join(CHECKS)} (default: all)")
     add("--only", type=_names, metavar="NAMES", help="only mutants with these names (* matches)")
     add("--quick", action="store_true", help="a few mutants made by hand, in three minutes")
-    add("--jobs", type=_positive, default=2, metavar="N", help="mutants at a time; default: 2")
+    add(
+        "--jobs",
+        type=_arguments.integer(1),
+        default=2,
+        metavar="N",
+        help="mutants at a time; default: 2",
+    )
     add("--json", type=Path, metavar="FILE", help="write the rows, with their evidence, to FILE")
     add("--markdown", action="store_true", help="print the table as Markdown")
     add("--list", action="store_true", help="print the mutants made by hand, and stop")
@@ -71,20 +84,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, is {number}")
-    return number
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
-    return number
 
 
 def main(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
