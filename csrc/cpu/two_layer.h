@@ -24,9 +24,31 @@ void product_of_rows(const Rows<Parallel>& rows, const Matrix<const TA>& a,
                });
 }
 
-// Elements of w2 up to which each thread packs its own copy (10 µs) rather than wait for a shared
-// one after every product.
-constexpr int64_t kOwnCopy = 1 << 15;
+// Rows that a product without packing needs at least.
+constexpr int64_t kSlab = 4;
+
+// Begin and end of one of `shares` shares of the rows: whole slabs, and the last one has the rest.
+inline std::pair<int64_t, int64_t> share_of(int64_t rows, int64_t index, int64_t shares) {
+  const int64_t slabs = rows / kSlab;
+  return {slabs * index / shares * kSlab,
+          index == shares - 1 ? rows : slabs * (index + 1) / shares * kSlab};
+}
+
+// f(rows) on each thread, with rows of its own.
+template <class Parallel, class F>
+void for_rows(int64_t rows, int64_t threads, const Parallel& parallel, const F& f) {
+  const int64_t slabs = std::max<int64_t>(rows / kSlab, 1);
+  parallel(slabs, threads, [&](int64_t begin, int64_t end) {
+    f(Rows<Serial>{begin * kSlab, end == slabs ? rows : end * kSlab, {}});
+  });
+}
+
+// Whether w2 is so small that each thread packs its own copy rather than wait for a shared one after
+// every product.
+template <class T>
+bool is_copied_by_each(const Matrix<const T>& w2) {
+  return w2.rows * w2.columns <= 1 << 15;
+}
 
 // hidden = epilogue(x @ w1), then rest(rows): products of these rows of hidden with w2 and of what
 // comes of them. As much of it as needs no shared packing is one parallel region, in which each
@@ -35,50 +57,49 @@ template <class Acc, class T, class Parallel, class Epilogue, class Rest>
 void forward_by_rows(const Matrix<const T>& x, const Matrix<const T>& w1,
                      const Matrix<const T>& w2, const Parallel& parallel, const Epilogue& epilogue,
                      const Rest& rest) {
-  const bool own_w2 = w2.rows * w2.columns <= kOwnCopy;
+  const bool own_w2 = is_copied_by_each(w2);
   const bool all = own_w2 && needs_no_packing<Acc>(x, w1);
   if (!all) product<Acc>(x, w1, parallel, epilogue);
   if (!own_w2) return rest(Rows<Parallel>{0, x.rows, parallel});
   const int64_t work = x.rows * w1.columns * (w2.columns + (all ? x.columns : 0));
-  const int64_t threads = work < kSerialWork ? 1 : parallel.threads;
-  // Four rows at least, for that is what a product without packing needs.
-  constexpr int64_t kSlab = 4;
-  const int64_t slabs = std::max<int64_t>(x.rows / kSlab, 1);
-  parallel(slabs, threads, [&](int64_t begin, int64_t end) {
-    const Rows<Serial> rows{begin * kSlab, end == slabs ? x.rows : end * kSlab, {}};
+  for_rows(x.rows, work < kSerialWork ? 1 : parallel.threads, parallel, [&](const auto& rows) {
     if (all) product_of_rows<Acc>(rows, x, w1, epilogue);
     rest(rows);
   });
 }
 
-// The same for a step that updates w1, where x @ w1 needs no packing. Each half of the threads keeps
-// to one half of the depth, here and in the update: w1 is 400 KB at 64 x 1000 x 100, and half of it
-// would otherwise have to come from the other core's cache after every step (30 of 170 µs on two
-// Zen 4 cores). Whoever works, an element is the sum of its two halves.
-template <class Acc, class T, class Parallel, class Rest>
-void forward_by_halves(const Matrix<const Acc>& x, const Matrix<const Acc>& w1,
+// Whether a step takes `forward_by_halves`.
+template <class Acc, class T>
+bool goes_by_halves(const Matrix<const T>& x, const Matrix<const T>& w1,
+                    const Matrix<const T>& w2) {
+  return is_copied_by_each(w2) && needs_no_packing<Acc>(x, w1);
+}
+
+// The same for a step that updates w1. Each half of the threads keeps to one half of the depth, here
+// and in the update: w1 is 400 KB at 64 x 1000 x 100, and half of it would otherwise have to come
+// from the other core's cache after every step (a step of 288 µs takes 184, seen on two Zen 4 cores
+// while eager took 550). Whoever works, an element is the sum of its two halves.
+template <class Acc, class TIn, class T, class Parallel, class Rest>
+void forward_by_halves(const Matrix<const TIn>& x, const Matrix<const TIn>& w1,
                        const Matrix<T>& hidden, const Parallel& parallel, const Rest& rest) {
   const int64_t n = x.rows, n_hidden = w1.columns;
-  const int64_t middle = std::min(divide_up(divide_up(x.columns, 2), 4) * 4, x.columns);
   const int64_t threads = n * n_hidden * x.columns < kSerialWork ? 1 : parallel.threads;
-  const int64_t slabs = std::max<int64_t>(n / 4, 1);
-  const int64_t groups = std::min(std::max<int64_t>(threads / 2, 1), slabs);
+  const int64_t groups = std::clamp<int64_t>(threads / 2, 1, std::max<int64_t>(n / kSlab, 1));
   const Buffer<Acc> sums(2 * n * n_hidden);
   parallel(2 * groups, threads, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t half = task / groups, group = task % groups;
-      const int64_t row = slabs * group / groups * 4;
-      const int64_t row_end = group == groups - 1 ? n : slabs * (group + 1) / groups * 4;
-      const int64_t k = half ? middle : 0, k_end = half ? x.columns : middle;
+      const int64_t half = task / groups;
+      const auto [row, row_end] = share_of(n, task % groups, groups);
+      const auto [k, k_end] = share_of(x.columns, half, 2);
       Acc* out = sums.get() + half * n * n_hidden;
-      product<Acc>(x.row_range(row, row_end).column_range(k, k_end), w1.row_range(k, k_end),
-                   Serial{}, [&](int64_t i, int64_t j, int64_t count, const Acc* from) {
-                     std::copy_n(from, count, out + (row + i) * n_hidden + j);
-                   });
+      product_of_rows<Acc>(Rows<Serial>{row, row_end, {}}, x.column_range(k, k_end),
+                           w1.row_range(k, k_end),
+                           [&](int64_t i, int64_t j, int64_t count, const Acc* from) {
+                             std::copy_n(from, count, out + i * n_hidden + j);
+                           });
     }
   });
-  parallel(slabs, threads, [&](int64_t begin, int64_t end) {
-    const Rows<Serial> rows{begin * 4, end == slabs ? n : end * 4, {}};
+  for_rows(n, threads, parallel, [&](const auto& rows) {
     for (int64_t i = rows.begin * n_hidden; i < rows.end * n_hidden; ++i) {
       const Acc sum = sums.get()[i] + sums.get()[n * n_hidden + i];
       hidden.data[i] = T(sum < 0 ? Acc(0) : sum);
@@ -193,7 +214,7 @@ struct Descend {
 
   Descend from_row(int64_t i) const { return {weight.row_range(i, weight.rows), lr}; }
   // The same where the sums are: a microkernel that has whole rows of them in registers updates the
-  // weight from there (10 of 70 µs of w1's update at 64 x 1000 x 100).
+  // weight from there (9 of 137 µs of one thread for w1's update at 64 x 1000 x 100).
   static constexpr bool kReads = true;
   template <class V>
   V operator()(V before, V sums) const {
@@ -224,17 +245,12 @@ void weight_products(const Matrix<const T>& x, const Matrix<const T>& hidden,
   }
   const int64_t threads =
       d.rows * d.columns * (x.columns + grad_out.columns) < kSerialWork ? 1 : parallel.threads;
-  const int64_t tasks = std::min(threads, std::max<int64_t>(x.columns / 4, 1));
+  const int64_t tasks = std::min(threads, std::max<int64_t>(x.columns / kSlab, 1));
   parallel(tasks, threads, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const auto share = [&](int64_t rows) {
-        const int64_t slabs = divide_up(rows, 4);
-        return std::pair(std::min(slabs * task / tasks * 4, rows),
-                         std::min(slabs * (task + 1) / tasks * 4, rows));
-      };
-      const auto [k, k_end] = share(x.columns);
+      const auto [k, k_end] = share_of(x.columns, task, tasks);
       product<Acc>(x_t.row_range(k, k_end), d, Serial{}, epilogue1.from_row(k));
-      const auto [j, j_end] = share(hidden.columns);
+      const auto [j, j_end] = share_of(hidden.columns, task, tasks);
       product<Acc>(hidden_t.row_range(j, j_end), grad_out, Serial{}, epilogue2.from_row(j));
     }
   });

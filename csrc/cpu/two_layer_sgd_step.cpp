@@ -34,13 +34,9 @@ Tensor two_layer_sgd_step(const Tensor& x, const Tensor& y, const Tensor& w1, co
         kernels::product_of_rows<Acc>(rows, as_const(hidden), w2_view, store_error);
         kernels::product_of_rows<Acc>(rows, as_const(grad_out), w2_view.transposed(), store_d);
       };
-      bool by_halves = false;
-      if constexpr (std::is_same_v<T, Acc>) {
-        by_halves = kernels::needs_no_packing<Acc>(x_view, w1_view);
-        if (by_halves)
-          kernels::forward_by_halves<Acc>(x_view, w1_view, hidden, Parallel{}, rest);
-      }
-      if (!by_halves)
+      if (kernels::goes_by_halves<Acc>(x_view, w1_view, w2_view))
+        kernels::forward_by_halves<Acc>(x_view, w1_view, hidden, Parallel{}, rest);
+      else
         kernels::forward_by_rows<Acc>(x_view, w1_view, w2_view, Parallel{},
                                       kernels::StoreReluWithBias<Acc, T>{nullptr, hidden}, rest);
       // From here on the weights change: all that read them is done.
