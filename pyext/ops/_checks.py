@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import math
 
 import torch
 
@@ -95,10 +95,13 @@ def learning_rate(op: str, lr: object) -> float:
     """``lr`` as a float; ``TypeError`` unless a number, ``ValueError`` if negative, NaN or inf."""
     if isinstance(lr, bool) or not isinstance(lr, (int, float)):
         raise TypeError(f"{op}(): argument 'lr' must be a float, not {type(lr).__name__}")
-    # (An integer may be finite and still too large for a float.)
-    if not 0 <= lr <= sys.float_info.max:
-        raise ValueError(f"Invalid learning rate: {lr}; {op}() accepts 0 <= lr < inf")
-    return float(lr)
+    try:
+        value = float(lr)
+    except OverflowError:  # an integer, whose digits would fill the sentence
+        value = math.inf if lr > 0 else -math.inf
+    if not 0 <= value < math.inf:
+        raise ValueError(f"Invalid learning rate: {value}; {op}() accepts 0 <= lr < inf")
+    return value
 
 
 def no_transforms(op: str, *tensors: torch.Tensor) -> None:

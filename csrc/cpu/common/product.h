@@ -435,7 +435,7 @@ bool needs_no_packing(const Matrix<const TA>& a, const Matrix<const TB>& b) {
 // epilogue(i, j, count, sums): row i, columns j … j + count of A @ B, in the accumulation type. It
 // is called once for every element, from several threads, each call's elements on one of them.
 template <class Acc, class TA, class TB, class Parallel, class Epilogue>
-void product(const Matrix<const TA>& a, const Matrix<const TB>& b, const Parallel& parallel,
+void product(const Matrix<const TA>& a, const Matrix<const TB>& b, Parallel parallel,
              const Epilogue& epilogue) {
   if (a.rows == 0 || b.columns == 0) return;
   constexpr int64_t lanes = Vector<Acc>::lanes;
