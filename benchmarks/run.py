@@ -223,6 +223,8 @@ def _settings(
     peers = profile.peers
     if options.peer == ["none"]:
         peers = ()
+    elif options.peer is not None and "none" in options.peer:
+        parser.error("--peer none stands alone")
     elif options.peer is not None:
         peers = _chosen(parser, "--peer", options.peer, PEERS, also="none")
     return Settings(

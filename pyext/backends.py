@@ -239,16 +239,18 @@ def backends(device: torch.device | str = "cpu") -> list[str]:
 
 
 @contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str | None) -> Iterator[None]:
     """Makes ``name`` the default backend within a ``with`` block, for the current thread.
 
     Args:
-        name: ``"eager"``, ``"extension"`` or ``"triton"``.
+        name: ``"eager"``, ``"extension"`` or ``"triton"``; ``None``: the first that is available at
+            each call, as outside of any block.
 
     Raises:
         ValueError: no backend has that name.
     """
-    lookup(name)
+    if name is not None:
+        lookup(name)
     previous = getattr(_default, "name", None)
     _default.name = name
     try:
@@ -261,7 +263,8 @@ def empty_buffer_pool() -> int:
     """Frees the memory that the C++ kernels keep for the intermediates of later calls.
 
     Returns:
-        Bytes freed: 64 MiB at most; 0 where the extension is not available.
+        Bytes freed: 64 MiB at most; 0 where the extension is not available, or where another
+        thread is at the pool just then.
     """
     extension = BACKENDS["extension"]
     return 0 if extension.unavailable("cpu") else extension.raw.empty_buffer_pool()

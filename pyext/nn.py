@@ -166,7 +166,10 @@ def swap(model: nn.Module, backend: str | None) -> SwapRecord:
     (also in another model that shares it: `copy.deepcopy` first to compare two).
 
     Left alone are subclasses, modules whose `forward` was replaced by hand, and, of a Sequential
-    whose inner modules have hooks, everything but its ReLU.
+    whose inner modules have hooks, everything but its ReLU. Hooks for all modules
+    (`torch.nn.modules.module.register_module_forward_hook`) see a fused network as one module. A
+    changed model is for `torch.compile`; `torch.fx.symbolic_trace` and `torch.jit.script` cannot
+    follow it into the ops, so use them on a copy that was not swapped.
 
     Args:
         backend: a backend's name, or None for the first that is available at each call.

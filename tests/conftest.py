@@ -1,4 +1,4 @@
-"""Test-wide setup: what is tested here, and Triton's interpreter where it is due.
+"""Test-wide setup: what is tested here, by how many processes, and Triton's interpreter.
 
 On a machine without a GPU this process interprets Triton kernels, so that they are checked on CPU
 tensors. With a GPU it compiles them, and ``test_triton.py`` interprets in a process of its own.
@@ -27,6 +27,25 @@ if importlib.util.find_spec("triton") and (
 
 # Started in the background of a shell, this process ignores Ctrl-C, and so would those it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """All the tests together are shared among a process per core: the interpreters use one each.
+
+    Not where files, ``-n`` or a debugger were asked for, nor without pytest-xdist.
+    """
+    option = config.option
+    if (
+        config.pluginmanager.hasplugin("xdist")
+        and config.args_source is config.ArgsSource.TESTPATHS
+        and option.numprocesses is None
+        and not (option.usepdb or option.trace or option.collectonly)
+    ):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        # (The processes share a GPU's memory.)
+        option.numprocesses = min(cores, 4) if torch.cuda.is_available() else cores
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores // option.numprocesses))
 
 
 def pytest_report_header() -> list[str]:

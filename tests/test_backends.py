@@ -51,6 +51,12 @@ def test_use_backend_is_per_thread():
     assert seen == [pyext.backends("cpu")[0]]
 
 
+def test_use_backend_none_is_as_outside_of_any_block():
+    x = torch.ones(2, requires_grad=True)
+    with pyext.use_backend("eager"), pyext.use_backend(None):
+        assert type(P.relu(x).grad_fn) is type(P.relu(x, backend=pyext.backends()[0]).grad_fn)
+
+
 @pytest.mark.parametrize("name", ["cuda", "", "Eager", 3])
 def test_unknown_backend_is_a_value_error_that_lists_the_known(name):
     with pytest.raises(ValueError, match="unknown backend .*'extension', 'triton', 'eager'"):

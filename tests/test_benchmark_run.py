@@ -95,6 +95,7 @@ class TestCommandLine:
             (["--threads", "many"], "'many' is not an integer of at least 1"),
             (["--seed", "-1"], "'-1' is not an integer from 0 to 2147483647"),
             (["--minutes", "0"], "'0' is not a number above 0"),
+            (["--peer", "none,jax"], "--peer none stands alone"),
             (["--device", "tpu"], "--device"),
             (["--profile", "slow"], "'quick', 'full'"),
         ],

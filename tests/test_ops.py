@@ -20,7 +20,7 @@ from support import (
     with_visible_step,
 )
 
-from pyext import registry
+from pyext import functional, registry
 from pyext.backends import BACKENDS, backends
 from pyext.lab import check
 
@@ -204,6 +204,13 @@ def test_error_inputs_are_refused_and_leave_everything_as_it_was(op, backend, de
         for each, copy, version in zip(tensors, before, versions, strict=True):
             assert each._version == version, case.name
             torch.testing.assert_close(each, copy, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_refused():
+    nested = torch.nested.as_nested_tensor([torch.zeros(2), torch.zeros(3)])
+    with pytest.raises(NotImplementedError, match="has layout nested"):
+        functional.relu(nested)
 
 
 @pytest.mark.parametrize(("backend", "device"), configurations())

@@ -204,6 +204,8 @@ def test_run_checks_measures_and_reports_progress(loaded):
         assert [c.backend for c in result.curves if c.workload == workload] == ["eager", *timed]
         checked = [c.backend for c in result.parity if c.workload == workload]
         assert all(checked.count(name) == 6 for name in timed)
+        later = [c.backend for c in result.parity if c.workload == workload and c.when == "after"]
+        assert all(later.count(name) == 3 for name in timed)
     assert [share.workload for share in result.shares] == list(compare.WORKLOADS)
     done = [share for _, share in progress]
     assert done == sorted(done) and 0 <= done[0] and done[-1] <= 1

@@ -51,6 +51,7 @@ RUN_TIME_DEPENDENCIES = (
     "pytest>=8",
     "pytest-benchmark",
     "pytest-timeout",
+    "pytest-xdist",
     "rich",
     "scikit-learn",
     "setuptools",

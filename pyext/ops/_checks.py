@@ -16,9 +16,10 @@ def tensor(op: str, name: str, value: object) -> None:
     """``TypeError`` unless ``value`` is a tensor; ``NotImplementedError`` unless it is strided."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}(): argument {name!r} must be Tensor, not {type(value).__name__}")
-    if value.layout is not torch.strided:
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else value.layout
         raise NotImplementedError(
-            f"{op}(): argument {name!r} has layout {value.layout}, only torch.strided is accepted"
+            f"{op}(): argument {name!r} has layout {layout}, only torch.strided is accepted"
         )
 
 
@@ -141,6 +142,10 @@ def updatable_in_place(op: str, updated: dict[str, torch.Tensor], **read: torch.
             raise RuntimeError(
                 f"{op}(): inplace update to inference tensor {name!r} outside InferenceMode is not "
                 "allowed; clone it first"
+            )
+        if value.is_neg():
+            raise RuntimeError(
+                f"{op}(): the written-to tensor {name!r} is a negated view; resolve_neg() it first"
             )
     # Usually all lie apart: that is seen at once, and each pair is looked at only where it is not.
     end = 1

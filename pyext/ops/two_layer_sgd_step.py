@@ -34,7 +34,9 @@ def two_layer_sgd_step(
         x: (batch, in).
         y: (batch, out).
         w1: (in, hidden), updated in place; any strides that do not overlap.
-        w2: (hidden, out), updated in place; any strides that do not overlap.
+        w2: (hidden, out), updated in place; any strides that do not overlap. The stretch of memory
+            from a weight's first element to its last must hold no other operand, not even between
+            its elements.
         lr: learning rate, finite and not negative.
         backend: ``None``, ``"eager"``, ``"extension"`` or ``"triton"``.
 
@@ -128,6 +130,14 @@ def error_inputs(device) -> Iterator[ErrorInput]:
     both = torch.ones(32, device=device)
     w1, x = both[:12].view(4, 3), both[10:30].view(5, 4)
     yield ErrorInput((x, y, w1, w2, 0.1), RuntimeError, "shares memory", name="overlapping_x")
+    both = torch.ones(4, 6, device=device)
+    interleaved = both[:, ::2]
+    y = both[:, 1::2][:, :2]
+    args = (torch.ones(4, 4, device=device), y, interleaved, torch.ones(3, 2, device=device), 0.1)
+    yield ErrorInput(args, RuntimeError, "shares memory", name="interleaved")
+    x, y, w1, w2 = (torch.ones(each, device=device) for each in ((5, 4), (5, 2), (4, 3), (3, 2)))
+    negated = torch.ones(4, 3, dtype=torch.complex64, device=device).conj().imag
+    yield ErrorInput((x, y, negated, w2, 0.1), RuntimeError, "negated view", name="negated")
 
 
 def cost(direction: str, shape: tuple[int, ...], itemsize: int) -> Cost:

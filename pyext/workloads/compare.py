@@ -82,6 +82,8 @@ class Parity:
     ok: bool
     interpreted: bool
     detail: str
+    when: str = "before"
+    """`before` or `after` the timing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +248,8 @@ def run(
         shares.append(measure_share(name, data, device=device, steps=profile.share_steps))
         for backend in timed[1:]:
             report(f"{backend} against eager, again", 0.9)
-            checks += check_parity(name, data, backend, device=device, profile=profile)
+            again = check_parity(name, data, backend, device=device, profile=profile)
+            checks += [dataclasses.replace(check, when="after") for check in again]
         parity += checks
         speed += new_speed
         curves += new_curves
