@@ -18,7 +18,7 @@ import torch
 
 from pyext import registry
 from pyext.backends import BACKENDS, backends
-from pyext.lab import environment, isolated, measure, roofline
+from pyext.lab import environment, host_path, isolated, measure, roofline
 from pyext.lab.cases import ALLOCATED, PREALLOCATED, Case, Inputs, cases
 from pyext.lab.measure import Effort, Samples
 from pyext.lab.peers import PEERS, Peers, why_unavailable
@@ -51,6 +51,8 @@ class Profile:
     """The kinds of rows in which they are: with outputs allocated, or preallocated."""
     preallocated: tuple[str, ...]
     """The directions that are also timed with preallocated outputs, on a CPU."""
+    host_path: bool
+    """Whether small calls are taken apart."""
     limit_s: float | None
     """When time runs short, peers are left out rather than this exceeded."""
 
@@ -64,6 +66,7 @@ PROFILES = {
         alone_directions=("both", "step"),
         alone_outputs=(ALLOCATED,),
         preallocated=("both",),
+        host_path=False,
         limit_s=225.0,
     ),
     "full": Profile(
@@ -74,6 +77,7 @@ PROFILES = {
         alone_directions=("forward", "backward", "both", "step"),
         alone_outputs=(ALLOCATED, PREALLOCATED),
         preallocated=("forward", "backward", "both"),
+        host_path=True,
         limit_s=None,
     ),
 }
@@ -167,6 +171,8 @@ class Benchmark:
                 yield "ops, outputs preallocated", self._time_preallocated
             if "triton" in settings.backends and settings.device.type == "cpu":
                 yield "triton in its interpreter", self._check_interpreted
+            if PROFILES[settings.profile].host_path:
+                yield "host path of small calls", self._take_small_calls_apart
             if settings.alone and self._soloists():
                 yield "peers alone", self._time_alone
             yield "ceilings once more", self._measure_ceilings
@@ -281,6 +287,25 @@ class Benchmark:
             reason = "the process that ran Triton's interpreter ended before this check"
             self._timed[case] = [Outcome("triton", "backend", "skipped", reason)]
         self._write_rows(*unchecked)
+
+    def _take_small_calls_apart(self, progress: Progress) -> None:
+        settings, device = self.settings, str(self.settings.device)
+        jobs = [
+            (op, backend)
+            for op in settings.ops
+            for backend in settings.backends
+            if BACKENDS[backend].namespace
+            and not BACKENDS[backend].interpreted
+            and not BACKENDS[backend].unavailable(device, op.name)
+        ]
+        dtype, found = settings.dtypes[0], []
+        for done, (op, backend) in enumerate(jobs):
+            progress(f"{op.name} {backend}", done / len(jobs))
+            shape = host_path.small_shape(op, device)
+            path = host_path.host_path(op, shape, dtype, device, backend, settings.alone or QUICK)
+            found.append(path.to_json())
+            self.results.data["host_path"] = found
+        self._write_rows()
 
     def _time_alone(self, progress: Progress) -> None:
         settings, soloists = self.settings, self._soloists()

@@ -15,7 +15,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pyext.lab import plots
+from pyext.lab import host_path, plots
 
 VARIANTS = (
     "eager",
@@ -50,6 +50,8 @@ def _parts(data: dict[str, Any]) -> Iterator[RenderableType]:
     rows = [row for row in data["rows"] if row["suite"] != "mnist"]
     if rows:
         yield from _long_table(rows)
+    if data.get("host_path"):  # (older files have none)
+        yield _host_path(data["host_path"])
     if data["mnist"]:
         yield from _mnist_tables(data)
     yield from _remarks(data)
@@ -275,6 +277,21 @@ def _caption(data: dict[str, Any], rows: list[Row]) -> str:
     if any(row["status"] == "interpreted" for row in rows):
         text += " ✓: checked in Triton's interpreter, not timed."
     return text
+
+
+def _host_path(paths: list[dict[str, Any]]) -> Table:
+    """What small calls are made of: a column per op and backend, a line per part."""
+    table = _small_table("What a small call costs on the host")
+    table.add_column("", no_wrap=True)
+    for path in paths:
+        title = (path["op"], path["backend"], "x".join(map(str, path["shape"])))
+        table.add_column("\n".join(title), justify="right", no_wrap=True)
+    for part in host_path.PARTS:
+        cells = [path["parts_s"].get(part) for path in paths]
+        table.add_row(part, *("" if each is None else f"{1e6 * each:.1f} µs" for each in cells))
+    for title, field in (("the whole call", "call_s"), ("eager's", "eager_s")):
+        table.add_row(title, *(f"{1e6 * path[field]:.1f} µs" for path in paths), style="bold")
+    return table
 
 
 def _mnist_tables(data: dict[str, Any]) -> Iterator[Table]:

@@ -147,6 +147,7 @@ class Results:
             "environment": environment,
             "ceilings": None,
             "rows": [],
+            "host_path": None,
             "mnist": None,
             "notes": [],
         }
