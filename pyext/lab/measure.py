@@ -28,7 +28,8 @@ _BATCH_S = 0.5e-3
 # libgomp's workers spin up to about 5 ms after a parallel region; let them fall asleep, so that one
 # variant's idle threads do not take the next one's cores.
 _SETTLE_S = 5e-3
-# Data of batches this long does not fit into a cache: nothing that could be brought back.
+# A batch this long brings its own data back within its first part, and would take twice its time if
+# it were also called once before it counts.
 _LONG_S = 20e-3
 _MIN_SAMPLES, _MAX_SAMPLES = 10, 120
 # Something that takes seconds a call is worth three samples, not ten.

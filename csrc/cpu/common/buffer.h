@@ -13,8 +13,8 @@
 
 namespace pyext {
 
-// Blocks are kept between calls: a step at 1024 x 784 x 512 x 10 needs 6 MB of them, and fresh
-// memory would cost it 1500 page faults a call. At most kMost bytes are kept, in huge pages.
+// Blocks are kept between calls: a step at 1024 x 784 x 512 x 10 needs 6 MB of them, 1500 pages that
+// the system would have to map and clear at each call. At most kMost bytes are kept, in huge pages.
 class BufferPool {
  public:
   static constexpr size_t kHugePage = 2 << 20, kMost = 64 << 20;
