@@ -67,6 +67,21 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class TimedEager:
+    """What a user of PyTorch runs, where ``Op.eager`` is a formula that nobody would for speed.
+
+    It may draw random numbers of its own, so that it is not compared with ``Op.eager``.
+    """
+
+    function: Callable[..., Any]
+    """The same positional signature as ``Op.eager``."""
+    expected: Callable[..., tuple[dict[str, torch.Tensor], str]]
+    """``(results, benchmark args, gradient of the output)``: what the named results (``out``,
+    ``grad_0``) should have been in float64, given the random numbers that they show, and what is
+    improbable about those ("" if nothing)."""
+
+
+@dataclass(frozen=True)
 class Op:
     """Everything the lab knows of one op; built at the end of its file in ``pyext/ops/``."""
 
@@ -101,6 +116,13 @@ class Op:
     """The ``eager-inplace`` peer: the same work written by hand without autograd. The same
     arguments, then the gradient of an output that is not a 0-d loss; returns the loss or output and
     the gradients that autograd would have left."""
+    timed_eager: TimedEager | None = None
+    """What is timed as ``eager``, compiled and captured, where that is not ``eager`` itself."""
+
+    @property
+    def baseline(self) -> Callable[..., Any]:
+        """What a user of PyTorch runs: ``eager``, unless ``timed_eager`` says otherwise."""
+        return self.timed_eager.function if self.timed_eager else self.eager
 
 
 @functools.cache

@@ -13,6 +13,7 @@ all zeros, or noise of the output's own size, is off by 1.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -175,7 +176,7 @@ def call(
     """Runs ``function(*args, **kwargs)`` and names what it computed.
 
     Args:
-        op: the op that ``function`` computes.
+        op: the op that ``function`` computes, with the same random numbers at every call.
         function: ``op.function``, ``op.eager`` or a peer.
         args: its arguments. A step op's tensors are cloned first; others are detached, and those
             that require grad get their gradients reported.
@@ -186,7 +187,11 @@ def call(
         ``out`` and ``grad_0`` … (by position) for an op; ``loss`` and the arguments that changed
         (``arg_2`` …) for a step op.
     """
-    kwargs = kwargs or {}
+    with same_random_numbers():
+        return _call(op, function, args, kwargs or {}, backward)
+
+
+def _call(op: Op, function: Callable[..., Any], args: tuple, kwargs, backward: bool) -> Named:
     copies = [_copy(each, op.is_step) for each in args]
     if op.is_step:
         results = {"loss": function(*copies, **kwargs)}
@@ -203,6 +208,16 @@ def call(
             if isinstance(each, torch.Tensor) and each.requires_grad
         }
     return results
+
+
+@contextlib.contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """PyTorch's default generators are at the same place at every start, and go on afterwards as
+    if nothing had happened."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(20)
+        yield
 
 
 def grad_output(out: torch.Tensor) -> torch.Tensor:

@@ -47,7 +47,7 @@ class Peers:
         return _MAKERS[name](self, inputs, case)
 
     def compiled(self, mode: str | None, inputs: Inputs, case: Case) -> Callable[..., Any]:
-        """The op's eager code through ``torch.compile``, for static shapes.
+        """The op's baseline through ``torch.compile``, for static shapes.
 
         A step is compiled from the version without autograd: it is the faster one, and needs no
         break in the graph.
@@ -68,7 +68,7 @@ class Peers:
         name = mode or "default"
         if name not in self._compiled:
             op = inputs.op
-            function = op.by_hand if op.is_step and op.by_hand else op.eager
+            function = op.by_hand if op.is_step and op.by_hand else op.baseline
             self._compiled[name] = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
         return self._compiled[name]
 
@@ -164,7 +164,7 @@ class _captured_call:
 
     def __init__(self, inputs: Inputs, case: Case):
         self._inputs, self._direction = inputs, case.direction
-        self._step = StepCall(inputs.op.eager, inputs.args) if inputs.op.is_step else None
+        self._step = StepCall(inputs.op.baseline, inputs.args) if inputs.op.is_step else None
         # Leaves of its own over the same memory: a graph that is kept pins a leaf's gradient to the
         # stream that it was recorded on, for every other variant too.
         self._args = tuple(
@@ -173,7 +173,7 @@ class _captured_call:
         )
         self._leaves = [a for a in self._args if torch.is_tensor(a) and a.requires_grad]
         if case.direction == "backward":
-            self._out = inputs.op.eager(*self._args)
+            self._out = inputs.op.baseline(*self._args)
 
     def prepare(self, calls: int) -> None:
         if self._step:
@@ -185,7 +185,7 @@ class _captured_call:
         grad = self._inputs.grad
         if self._direction == "backward":
             return list(torch.autograd.grad(self._out, self._leaves, grad, retain_graph=True))
-        out = self._inputs.op.eager(*self._args)
+        out = self._inputs.op.baseline(*self._args)
         if self._direction == "forward":
             return [out.detach()]
         return [out.detach(), *torch.autograd.grad(out, self._leaves, grad)]

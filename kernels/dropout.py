@@ -1,0 +1,65 @@
+"""Dropout in Triton.
+
+    out = bits >= threshold ? x * scale : 0     reads x, writes out: 2 n itemsize bytes
+
+The bits are Philox 4x32-10, ``tl.philox``: element i has word i % 4 of the block whose counter is
+i // 4. Launch: one program per 8 KiB, flat over dense memory. The seed is read on the device, so
+that nothing waits for it.
+"""
+
+import struct
+
+import torch
+import triton
+import triton.language as tl
+
+from ._elementwise import WARPS, block_size, elementwise_limits, laid_out_like, rounded, widen
+from ._limits import limits
+from ._registration import raw_op, wrap_triton
+
+
+@triton.jit
+def _kept(value, bits, threshold, scale_bits):
+    """A float argument would be rounded to float32: scale travels as the bits of a float64."""
+    wide = widen(value)
+    scale = scale_bits.to(tl.int64).to(tl.float64, bitcast=True).to(wide.dtype)
+    # 64 bits, of which 2^32 is above all random bits.
+    return rounded(tl.where(bits.to(tl.int64) >= threshold, wide * scale, 0), value.dtype)
+
+
+@limits(lambda specialised: elementwise_limits(specialised, ["x"], "out"))
+@triton.jit(do_not_specialize=["threshold", "scale_bits"])
+def _dropout_kernel(x, seed, threshold, scale_bits, out, n, BLOCK: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = start + tl.arange(0, BLOCK)
+    counter = start // 4 + tl.arange(0, BLOCK // 4)
+    low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    zero = tl.zeros_like(low)
+    b0, b1, b2, b3 = tl.philox(tl.load(seed), low, high, zero, zero)
+    bits = tl.interleave(tl.interleave(b0, b2), tl.interleave(b1, b3))
+    # A mask that ends inside a 16-byte access would split them all: only the last tile has one.
+    if start + BLOCK <= n:
+        kept = _kept(tl.load(x + offsets), bits, threshold, scale_bits)
+        tl.store(out + offsets, kept)
+    else:
+        inside = offsets < n
+        kept = _kept(tl.load(x + offsets, mask=inside), bits, threshold, scale_bits)
+        tl.store(out + offsets, kept, mask=inside)
+
+
+@raw_op("(Tensor input, Tensor seed, int threshold, float scale) -> Tensor")
+def dropout_seeded(input, seed, threshold, scale):
+    torch._check(
+        seed.dtype == torch.int64 and seed.numel() == 1 and seed.device == input.device,
+        lambda: "dropout_seeded: seed must be one int64 on the input's device",
+    )
+    out = input.new_empty(input.shape)
+    x = laid_out_like(out, input)
+    n = out.numel()
+    if n:
+        block = max(block_size(n, out.element_size()), 4)
+        (scale_bits,) = struct.unpack("q", struct.pack("d", scale))
+        wrap_triton(_dropout_kernel)[(triton.cdiv(n, block),)](
+            x, seed, threshold, scale_bits, out, n, BLOCK=block, num_warps=WARPS
+        )
+    return out
