@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pyext import functional
 from pyext.backends import lookup, select
 
-__all__ = ["MSELoss", "ReLU", "Swap", "SwapRecord", "TwoLayerNet", "swap"]
+__all__ = ["Dropout", "MSELoss", "ReLU", "Swap", "SwapRecord", "TwoLayerNet", "swap"]
 
 
 class ReLU(nn.ReLU):
@@ -37,6 +37,31 @@ class ReLU(nn.ReLU):
     def forward(self, input: Tensor) -> Tensor:
         output = functional.relu(input, backend=self.backend)
         return input.copy_(output) if self.inplace else output
+
+    def extra_repr(self) -> str:
+        return _join(super().extra_repr(), f"backend={self.backend!r}")
+
+
+class Dropout(nn.Dropout):
+    """`torch.nn.Dropout` over `pyext.functional.dropout`.
+
+    Shape: any; floating dtypes; the result has the input's shape and dtype. Each call draws a seed
+    from PyTorch's default generator. What is dropped for it is the same with every backend, but
+    not what `torch.nn.Dropout` drops.
+
+    With `inplace=True` the result is copied back into the input, as by `ReLU`.
+
+    Raises:
+        ValueError: `p` is not from 0 to 1.
+    """
+
+    def __init__(self, p: float = 0.5, inplace: bool = False, backend: str | None = None) -> None:
+        super().__init__(p, inplace)
+        self.backend = backend
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = functional.dropout(input, self.p, self.training, backend=self.backend)
+        return input.copy_(output) if self.inplace and output is not input else output
 
     def extra_repr(self) -> str:
         return _join(super().extra_repr(), f"backend={self.backend!r}")
@@ -156,9 +181,9 @@ class SwapRecord:
 def swap(model: nn.Module, backend: str | None) -> SwapRecord:
     """Makes the modules of `model` that the lab has an op for run on `backend`; says which.
 
-    Changed are `nn.ReLU`, `nn.MSELoss` and `nn.Sequential` of exactly Linear, ReLU, Linear (which
-    becomes a `TwoLayerNet`), wherever they are in the model, the model itself included. Modules
-    that are the lab's already change their backend.
+    Changed are `nn.ReLU`, `nn.Dropout`, `nn.MSELoss` and `nn.Sequential` of exactly Linear, ReLU,
+    Linear (which becomes a `TwoLayerNet`), wherever they are in the model, the model itself
+    included. Modules that are the lab's already change their backend.
 
     Nothing is rebuilt: a module keeps its identity and changes its class. So parameters (and the
     optimizers that hold them), hooks and their handles, the training flag, names and every other
@@ -206,12 +231,12 @@ def swap(model: nn.Module, backend: str | None) -> SwapRecord:
     return SwapRecord(model, backend, tuple(replaced), tuple(left))
 
 
-_OPS = {ReLU: "relu", MSELoss: "mse_loss", TwoLayerNet: "two_layer"}
+_OPS = {ReLU: "relu", Dropout: "dropout", MSELoss: "mse_loss", TwoLayerNet: "two_layer"}
 
 
 def _target(module: nn.Module) -> type[nn.Module] | None:
     """The lab's class for this module, also where something else will keep it from becoming one."""
-    for target in (ReLU, MSELoss):
+    for target in (ReLU, Dropout, MSELoss):
         if isinstance(module, target.__base__):
             return target
     if isinstance(module, nn.Sequential):
@@ -258,7 +283,7 @@ _FUSABLE = ((nn.Linear,), (nn.ReLU, ReLU), (nn.Linear,))
 def _note(module: nn.Module, target: type[nn.Module]) -> str:
     if isinstance(module, target):
         return f"backend was {module.backend!r}"
-    if target is ReLU and module.inplace:
+    if target in (ReLU, Dropout) and module.inplace:
         return "inplace=True is kept by copying the result back"
     return ""
 

@@ -2,7 +2,8 @@
 step, the share of it that the lab's ops could win at all, and the training curves.
 
 Every variant trains a copy of its own of the same model, from the same weights on the same batches
-with the same dropout masks. `eager` is the model as `torch.nn` makes it; the others are `swap`ped.
+from the same random numbers. `eager` is the model as `torch.nn` makes it; the others are `swap`ped,
+and then drop other elements for the same seed.
 """
 
 from __future__ import annotations
@@ -331,10 +332,13 @@ def check_float64(
     steps: int = 20,
     batch_size: int = 64,
 ) -> Parity:
-    """float64, everything swapped: the loss curve agrees with `eager`'s to a relative 1e-9."""
+    """float64, everything swapped: the loss curve agrees with `eager`'s to a relative 1e-9.
+
+    `eager` here drops what the lab's backends drop (see `_dropping_alike`).
+    """
     hyper = HyperParameters(batch_size=batch_size)
     prepare, options = WORKLOADS[workload].prepare, {"device": device, "dtype": torch.float64}
-    expected = _losses(prepare(hyper, data, **options), steps)
+    expected = _losses(_dropping_alike(prepare(hyper, data, **options)), steps)
     training = prepare(hyper, data, backend=backend, **options)
     distance = _distance(expected, _losses(training, steps))
     return _parity(
@@ -360,6 +364,8 @@ def check_curve(
 ) -> Parity:
     """float32, everything swapped: the loss curve stays as near to `eager`'s as rounding allows.
 
+    `eager` here drops what the lab's backends drop (see `_dropping_alike`).
+
     How near that is, is measured: `eager` trains again, on the same batches and with the same
     dropout, but with the sums over a batch and over a layer's inputs in another order. The limit
     is three times the largest distance of three such runs. (Other thread counts re-order sums as
@@ -373,9 +379,13 @@ def check_curve(
     prepare = WORKLOADS[workload].prepare
     for seed in range(1, CURVE_SEEDS + 1):
         hyper = HyperParameters(batch_size=batch_size, seed=seed)
-        expected = _losses(prepare(hyper, data, device=device), steps)
+
+        def reference(hyper: HyperParameters = hyper) -> Training:
+            return _dropping_alike(prepare(hyper, data, device=device))
+
+        expected = _losses(reference(), steps)
         noise = max(
-            _distance(expected, _losses(_reordered(prepare(hyper, data, device=device), i), steps))
+            _distance(expected, _losses(_reordered(reference(), i), steps))
             for i in range(REORDERINGS)
         )
         training = prepare(hyper, data, backend=backend, device=device)
@@ -521,6 +531,11 @@ _BACKWARD = "autograd::engine::evaluate_function: "
 # The outermost profiler events of what `swap` replaces; none of them contains another.
 _EVENTS = {
     nn.ReLU: ("relu", ("aten::relu", f"{_BACKWARD}ReluBackward0")),
+    # Where there is no kernel of its own (on a CPU), its derivative is the product's.
+    nn.Dropout: (
+        "dropout",
+        ("aten::dropout", *(f"{_BACKWARD}{name}Backward0" for name in ("NativeDropout", "Mul"))),
+    ),
     nn.MSELoss: ("mse_loss", ("aten::mse_loss", f"{_BACKWARD}MseLossBackward0")),
     nn.Linear: (
         "two_layer",
@@ -534,7 +549,7 @@ def _swapped_events(training: Training) -> dict[str, tuple[str, ...]]:
     kinds = {
         type(module) for root in (training.model, training.criterion) for module in root.modules()
     }
-    kinds &= {nn.ReLU, nn.MSELoss}
+    kinds &= {nn.ReLU, nn.Dropout, nn.MSELoss}
     fused = [m for m in training.model.modules() if type(m) is nn.Sequential and len(m) == 3]
     if fused:
         kinds.add(nn.Linear)
@@ -559,6 +574,15 @@ def _next_step(training: Training) -> Tensor:
 def _distance(expected: Tensor, actual: Tensor) -> float:
     """The largest relative difference between two loss curves."""
     return ((actual - expected).abs() / expected.abs()).max().item()
+
+
+def _dropping_alike(training: Training) -> Training:
+    """The same training in `torch.nn`'s own modules, but for dropout, which is the lab's in eager
+    ops: it drops what every backend drops for the same seed."""
+    for module in list(training.model.modules()):
+        if type(module) is nn.Dropout:
+            swap(module, "eager")
+    return training
 
 
 def _reordered(training: Training, seed: int) -> Training:
