@@ -20,6 +20,7 @@ import torch
 from pyext import registry
 from pyext._build import toolchain
 from pyext.backends import BACKENDS, Backend
+from pyext.lab.check import same_random_numbers
 
 DEVICES = ("cpu", "cuda")
 REQUIRED_BACKENDS = ("eager", "extension")
@@ -135,8 +136,11 @@ def examine(op: registry.Op, backend: Backend, device: str) -> str | None:
             generator = torch.Generator(device).manual_seed(0)
             return op.benchmark_inputs(shape, torch.float32, torch.device(device), generator)
 
-        actual = op.function(*arguments(), backend=backend.name)
-        torch.testing.assert_close(actual, op.eager(*arguments()), rtol=1e-4, atol=1e-4)
+        with same_random_numbers():
+            actual = op.function(*arguments(), backend=backend.name)
+        with same_random_numbers():
+            expected = op.eager(*arguments())
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     except AssertionError:
         return f"a tiny call gives a WRONG result; run `pytest`, and {REBUILD}"
     except Exception as error:

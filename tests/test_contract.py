@@ -10,6 +10,7 @@ from support import configurations, dtype_id
 import pyext.functional as P
 from pyext import registry
 from pyext.backends import BACKENDS
+from pyext.ops.dropout import philox
 from pyext.ops.relu import INTEGER_DTYPES
 
 CONFIGURATIONS = configurations()
@@ -71,6 +72,124 @@ def test_mse_loss_promotes_and_broadcasts_as_pytorch(reduction, backend, device)
                 strict=True,
             ):
                 torch.testing.assert_close(ours_grad, theirs_grad)
+
+
+# Philox 4x32-10 of Random123's kat_vectors: counter, key, random words.
+PHILOX = (
+    ("0 0 0 0", "0 0", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    (
+        "ffffffff ffffffff ffffffff ffffffff",
+        "ffffffff ffffffff",
+        "408f276d 41c83b0e a20bc7c6 6d5451fd",
+    ),
+    (
+        "243f6a88 85a308d3 13198a2e 03707344",
+        "a4093822 299f31d0",
+        "d16cfe09 94fdcceb 5001e420 24126ea1",
+    ),
+)
+
+
+@pytest.mark.parametrize("vector", PHILOX)
+def test_philox_gives_the_published_words(vector):
+    counter, key, expected = ([int(word, 16) for word in text.split()] for text in vector)
+    words = philox(*(tuple(map(torch.tensor, numbers)) for numbers in (counter, key)))
+    assert [word.item() for word in words] == expected
+
+
+@pytest.mark.parametrize(("backend", "device"), WITH_EAGER)
+def test_dropout_keeps_where_the_published_words_are_at_least_the_threshold(backend, device):
+    seed = torch.tensor(0, device=device)
+    words = [int(word, 16) for word in PHILOX[0][2].split()]
+    x = torch.ones(4, dtype=torch.float64, device=device)
+    for i, word in enumerate(words):
+        for threshold, kept in ((word, True), (word + 1, False)):
+            p = threshold / 2**32
+            out = P.dropout(x, p, seed=seed, backend=backend)
+            assert bool(out[i]) == kept
+            assert out.tolist() == [1 / (1 - p) if each >= threshold else 0 for each in words]
+
+
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+@pytest.mark.parametrize("dtype", registry.FLOATING_DTYPES, ids=dtype_id)
+def test_dropout_drops_the_same_whatever_the_backend_dtype_and_strides(dtype, backend, device):
+    """Bit by bit what ``eager`` gives; and an element's index is its place in row-major order."""
+    x = torch.randn(50, 41, device=device).to(dtype)
+    seed = torch.tensor(2**63 - 12345, device=device)
+    expected = P.dropout(x, 0.3, seed=seed, backend="eager")
+    assert torch.equal(expected == 0, P.dropout(x.double(), 0.3, seed=seed, backend="eager") == 0)
+    unaligned = torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
+    for same in (x, x.t().contiguous().t(), unaligned, torch.stack([x, x], -1)[..., 0]):
+        out = P.dropout(same, 0.3, seed=seed, backend=backend)
+        assert torch.equal(out, expected) and out.is_contiguous()
+
+
+@pytest.mark.parametrize(("backend", "device"), WITH_EAGER)
+def test_dropout_is_governed_by_manual_seed_and_independent_of_the_backend(backend, device):
+    x = torch.ones(2, 3000, device=device)
+
+    def two(backend):
+        torch.manual_seed(7)
+        return [P.dropout(x, 0.25, backend=backend) for _ in range(2)]
+
+    (first, second), again, eager = two(backend), two(backend), two("eager")
+    assert torch.equal(first, again[0]) and torch.equal(second, again[1])
+    assert torch.equal(first, eager[0]) and torch.equal(second, eager[1])
+    for one, other in ((first, second), (first[0], first[1])):
+        both = ((one == 0) & (other == 0)).double().mean().item()
+        assert abs(both - 0.25**2) < 6 * (0.0625 * 0.9375 / one.numel()) ** 0.5
+    zeros = (first == 0).double().mean().item()
+    assert abs(zeros - 0.25) < 6 * (0.25 * 0.75 / x.numel()) ** 0.5
+
+
+@pytest.mark.parametrize(("backend", "device"), WITH_EAGER)
+def test_dropout_that_does_nothing_returns_its_input_and_draws_nothing(backend, device):
+    x = torch.arange(5, device=device)  # of a dtype that is refused otherwise
+    state = torch.get_rng_state()
+    assert P.dropout(x, 0.5, training=False, backend=backend) is x is F.dropout(x, 0.5, False)
+    assert P.dropout(x, 0, backend=backend) is x is F.dropout(x, 0.0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("backend", "device"), WITH_EAGER)
+def test_dropout_of_infinity_and_nan_is_0_or_itself(backend, device):
+    values = [torch.inf, -torch.inf, torch.nan] * 20
+    x = torch.tensor(values, device=device, requires_grad=True)
+    seed = torch.tensor(3, device=device)
+    kept = P.dropout(torch.ones_like(x), 0.5, seed=seed, backend=backend) != 0
+    out = P.dropout(x, 0.5, seed=seed, backend=backend)
+    torch.testing.assert_close(out[kept], x[kept], rtol=0, atol=0, equal_nan=True)
+    assert kept.any() and not out[~kept].any()
+    out.backward(x.detach())
+    torch.testing.assert_close(x.grad, out.detach(), rtol=0, atol=0, equal_nan=True)
+    assert not P.dropout(x, 1.0, backend=backend).any()
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.5])
+def test_dropout_refuses_a_probability_in_the_words_of_its_namesake(p):
+    x = torch.ones(3)
+    with pytest.raises(ValueError) as theirs:
+        F.dropout(x, p)
+    with pytest.raises(ValueError) as ours:
+        P.dropout(x, p)
+    assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize(("backend", "device"), WITH_EAGER)
+def test_dropout_under_vmap_obeys_randomness(backend, device):
+    x = torch.ones(3, 400, device=device)
+
+    def vmapped(**options):
+        return torch.func.vmap(lambda x: P.dropout(x, backend=backend), **options)(x)
+
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmapped()
+    same, different = vmapped(randomness="same"), vmapped(randomness="different")
+    assert torch.equal(same[0], same[1]) and not torch.equal(different[0], different[1])
+    seed = torch.tensor(5, device=device)
+    given = torch.func.vmap(lambda x: P.dropout(x, seed=seed, backend=backend))(x)
+    assert torch.equal(given[2], P.dropout(x[2], seed=seed, backend=backend))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -135,6 +135,7 @@ def test_triton_elementwise_programs_reach_beyond_two_to_the_31(first_and_last_p
         (raw.relu_backward(x, x), [2, 3, 0, 3]),
         (raw.mse_loss_forward(x, zeros, 0), [4, 9, 9, 9]),
         (raw.mse_loss_backward(one, x, zeros, 2), [4, 6, -6, 6]),
+        (raw.dropout_seeded(x, torch.tensor(1), 0, 1.0), [2, 3, -3, 3]),
     ):
         assert [result[i].item() for i in (0, BEYOND - 1, BEYOND, -1)] == expected
 
@@ -164,6 +165,11 @@ def _relu_backward(raw, device):
     return raw.relu_backward(x, x), [2, 3, 0, 3]
 
 
+def _dropout(raw, device):
+    x = _marked_on(device, torch.bfloat16)
+    return raw.dropout_seeded(x, torch.tensor(1, device=device), 0, 1.0), [2, 3, -3, 3]
+
+
 def _mse_loss_forward(raw, device):
     x = _marked_on(device, torch.bfloat16)
     return raw.mse_loss_forward(x, torch.zeros_like(x), 0), [4, 9, 9, 9]
@@ -183,8 +189,14 @@ def _marked_on(device, dtype):
 @pytest.mark.parametrize(("backend", "device"), configurations())
 @pytest.mark.parametrize(
     ("call", "gibibytes"),
-    [(_relu_forward, 4), (_relu_backward, 8), (_mse_loss_forward, 12), (_mse_loss_backward, 12)],
-    ids=["relu_forward", "relu_backward", "mse_loss_forward", "mse_loss_backward"],
+    [
+        (_relu_forward, 4),
+        (_relu_backward, 8),
+        (_dropout, 8),
+        (_mse_loss_forward, 12),
+        (_mse_loss_backward, 12),
+    ],
+    ids=["relu_forward", "relu_backward", "dropout", "mse_loss_forward", "mse_loss_backward"],
 )
 def test_every_one_of_more_than_two_to_the_31_elements(call, gibibytes, backend, device):
     free = available_memory(device)

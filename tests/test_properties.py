@@ -77,6 +77,13 @@ def relu_calls(draw):
 
 
 @st.composite
+def dropout_calls(draw):
+    """The seed has any bits in both halves."""
+    ((x,), _), p = draw(relu_calls()), draw(st.floats(0, 1))
+    return (x, p), {"seed": draw(st.integers(-(2**63), 2**63 - 1))}
+
+
+@st.composite
 def mse_loss_calls(draw):
     """Shapes that broadcast, each with its own dtype."""
     shape = draw(st.lists(EXTENTS, max_size=3).map(tuple))
@@ -126,6 +133,7 @@ def two_layer_sgd_step_calls(draw):
 
 
 CALLS = {
+    "dropout": dropout_calls(),
     "relu": relu_calls(),
     "mse_loss": mse_loss_calls(),
     "two_layer": two_layer_calls(),
@@ -198,6 +206,8 @@ def check_property(op, backend, device, examples):
             each.tensor(device).requires_grad_(not op.is_step) if isinstance(each, Drawn) else each
             for each in drawn
         )
+        if "seed" in kwargs:
+            kwargs = {"seed": torch.tensor(kwargs["seed"], device=device)}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Using a target size")
             result = verify(op, through(op, backend), args, kwargs)

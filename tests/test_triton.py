@@ -68,7 +68,7 @@ print([name for name in names if not get_triton_kernels_for_op(f"pyext_triton::{
 def small_tiles(monkeypatch):
     """Every kernel in many programs, with K split: what only large operands would reach."""
     TRITON.raw  # noqa: B018  imports the kernels
-    from pyext.kernels import _matmul, _reduction, mse_loss, relu
+    from pyext.kernels import _matmul, _reduction, dropout, mse_loss, relu
 
     def choose_tiling(m, n, k, itemsize):
         return _matmul.Tiling(16, 16, 16, splits=3 if k > 32 else 1, warps=1, stages=1)
@@ -76,7 +76,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(_matmul, "choose_tiling", choose_tiling)
     monkeypatch.setattr(mse_loss, "MAX_PROGRAMS", 5)
     monkeypatch.setattr(_reduction, "PARTIALS_PER_STEP", 2)
-    for module in (mse_loss, relu):
+    for module in (dropout, mse_loss, relu):
         monkeypatch.setattr(module, "block_size", lambda n, itemsize: 64)
 
 
@@ -168,6 +168,9 @@ def test_raw_ops_refuse_what_would_read_out_of_bounds(device):
         with pytest.raises(RuntimeError, match=f"{name}: expected shape"):
             call()
     assert w1.eq(1).all() and w2.eq(1).all()
+    for seed in (torch.ones(2, dtype=torch.int64), torch.ones(()), torch.tensor(1, device="meta")):
+        with pytest.raises(RuntimeError, match="seed must be one int64"):
+            raw.dropout_seeded(x, seed, 1, 1.0)
 
 
 @pytest.mark.slow

@@ -181,7 +181,7 @@ def test_side_by_side_ends_when_all_reach_the_target(loaded):
 def test_the_share_names_the_swapped_ops(loaded):
     cnn = compare.measure_share("mnist_cnn", loaded, steps=2, batch_size=8)
     mlp = compare.measure_share("mnist_mlp", loaded, steps=2, batch_size=8)
-    assert cnn.op_s.keys() == {"relu"}
+    assert cnn.op_s.keys() == {"relu", "dropout"}
     assert mlp.op_s.keys() == {"relu", "mse_loss", "two_layer"}
     for share in (cnn, mlp):
         assert all(0 < seconds < share.step_s for seconds in share.op_s.values())

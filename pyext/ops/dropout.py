@@ -59,7 +59,7 @@ def dropout(
     NaN; the result is contiguous, whatever the input's strides; complex dtypes are refused.
     """
     _checks.tensor("dropout", "input", input)
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
+    if not isinstance(p, (int, float)):
         raise TypeError(f"dropout(): argument 'p' must be a float, not {type(p).__name__}")
     if not 0 <= p <= 1:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
