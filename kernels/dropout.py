@@ -27,7 +27,14 @@ def _kept(value, bits, threshold, scale_bits):
     return rounded(tl.where(bits.to(tl.int64) >= threshold, wide * scale, 0), value.dtype)
 
 
-@limits(lambda specialised: elementwise_limits(specialised, ["x"], "out"))
+def _dropout_limits(specialised):
+    """16 bytes of float64 are half a block: the other half's bits pass through shared memory."""
+    limits = elementwise_limits(specialised, ["x"], "out")
+    wide = specialised.itemsize("x") == 8
+    return limits._replace(shared_bytes=2 * specialised.constants["BLOCK"] if wide else 0)
+
+
+@limits(_dropout_limits)
 @triton.jit(do_not_specialize=["threshold", "scale_bits"])
 def _dropout_kernel(x, seed, threshold, scale_bits, out, n, BLOCK: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK

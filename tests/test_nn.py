@@ -130,7 +130,32 @@ def test_inplace_relu_writes_to_its_input_and_returns_it(backend):
         lab.ReLU(inplace=True, backend=backend)(leaf)
 
 
+def test_dropout_drops_in_training_what_every_backend_drops(backend):
+    x = torch.randn(50, 20, **DOUBLE)
+    layer, eager = lab.Dropout(0.25, backend=backend), lab.Dropout(0.25, backend="eager")
+    outputs = []
+    for each in (layer, eager):
+        torch.manual_seed(1)
+        outputs.append(each(x))
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
+    assert 150 < (outputs[0] == 0).sum() < 350
+    assert layer.eval()(x) is x
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        lab.Dropout(1.5)
+
+
+def test_inplace_dropout_writes_to_its_input_and_returns_it(backend):
+    x = torch.ones(40, **DOUBLE)
+    layer = lab.Dropout(inplace=True, backend=backend)
+    assert layer(x) is x and set(x.tolist()) == {0.0, 2.0}
+    version = x._version
+    assert layer.eval()(x) is x and x._version == version
+
+
 def test_modules_show_their_backend():
+    assert (
+        repr(lab.Dropout(0.2, backend="eager")) == "Dropout(p=0.2, inplace=False, backend='eager')"
+    )
     assert repr(lab.ReLU(backend="eager")) == "ReLU(backend='eager')"
     assert "inplace=True, backend=None" in repr(lab.ReLU(inplace=True))
     assert repr(lab.MSELoss("sum")) == "MSELoss(reduction='sum', backend=None)"
@@ -157,6 +182,20 @@ def test_swap_changes_every_module_it_has_an_op_for_and_no_result(backend):
     assert model.loss.reduction == "sum" and model.inplace.inplace
     assert {module.backend for module in model.modules() if hasattr(module, "backend")} == {backend}
     torch.testing.assert_close(_gradients(model, inputs), expected)
+
+
+def test_swap_takes_exactly_dropout_with_what_it_was(backend):
+    """Neither its relatives, which drop whole channels, nor its subclasses."""
+
+    class Mine(nn.Dropout):
+        pass
+
+    model = nn.Sequential(nn.Dropout(0.1, inplace=True), nn.Dropout1d(), nn.AlphaDropout(), Mine())
+    record = lab.swap(model.eval(), backend)
+    assert [type(each) for each in model] == [lab.Dropout, nn.Dropout1d, nn.AlphaDropout, Mine]
+    assert (model[0].p, model[0].inplace, model[0].training) == (0.1, True, False)
+    assert model[0].backend == backend and "inplace=True is kept" in str(record)
+    assert "left 3: Mine is a subclass of torch.nn.Dropout" in str(record)
 
 
 def test_swap_says_what_it_did():
@@ -224,6 +263,7 @@ def test_swap_keeps_the_training_flag():
     [
         (lambda: nn.ReLU(), lab.ReLU),
         (lambda: nn.MSELoss(), lab.MSELoss),
+        (lambda: nn.Dropout(0.3), lab.Dropout),
         (lambda: nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), lab.TwoLayerNet),
     ],
 )

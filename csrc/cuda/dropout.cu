@@ -7,9 +7,9 @@
 namespace pyext {
 namespace {
 
-#define PYEXT_REGISTER(T)                                             \
-  PYEXT_REGISTER_KERNEL((dropout_kernel<T, true>), dropout_shape<T>(1), \
-                        (dropout_limits<T, true>()));                 \
+#define PYEXT_REGISTER(T)                                                \
+  PYEXT_REGISTER_KERNEL((dropout_kernel<T, true>), dropout_shape<T>(1),  \
+                        (dropout_limits<T, true>()));                    \
   PYEXT_REGISTER_KERNEL((dropout_kernel<T, false>), dropout_shape<T>(1), \
                         (dropout_limits<T, false>()));
 PYEXT_REGISTER(double)

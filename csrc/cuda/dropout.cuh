@@ -44,11 +44,12 @@ __device__ __forceinline__ T keep_or_drop(T x, uint32_t bits, uint64_t threshold
 template <class T>
 constexpr int DROPOUT_GROUP = ELEMENTS_PER_16_BYTES<T> < 4 ? 4 : ELEMENTS_PER_16_BYTES<T>;
 
-// A group is 16 bytes of each type but float64, of which it is 32.
+// A group is 16 bytes of every type but float64, of which it is 32: then half as many blocks have as
+// many bytes in flight.
 template <class T, bool Aligned>
 constexpr KernelLimits dropout_limits() {
-  KernelLimits limits = elementwise_limits<T, ELEMENTS_PER_16_BYTES<T>, 1>();
-  if (!Aligned) limits.load_bytes = limits.store_bytes = sizeof(T);
+  KernelLimits limits = elementwise_limits<T, DROPOUT_GROUP<T>, 1>();
+  limits.load_bytes = limits.store_bytes = Aligned ? 16 : static_cast<int>(sizeof(T));
   return limits;
 }
 
