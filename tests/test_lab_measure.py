@@ -13,10 +13,15 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.profiler import profile
 
+from pyext import registry
+from pyext.backends import backends
 from pyext.lab import check, measure, report, results, roofline
-from pyext.lab.cases import Case
+from pyext.lab.cases import Case, Inputs, backend_variant
 from pyext.lab.measure import Effort, Samples, Subject, ratio_of_medians
+from pyext.lab.peers import Peers
 from pyext.registry import Cost
 
 CPU = torch.device("cpu")
@@ -292,6 +297,48 @@ class TestCompare:
         expected[-1] = 1.0
         off = check.compare({"w": before.float()}, {"w": expected}, 1, {"w": before})
         assert not off and off.rel_err == 1.0
+
+
+class TestTimedEager:
+    """What is timed as dropout's ``eager``: PyTorch's, which drops other elements than the lab's."""
+
+    @pytest.mark.parametrize("direction", ["forward", "backward", "both"])
+    def test_it_is_pytorchs_and_verified_by_its_own_mask(self, direction):
+        case = Case("dropout", direction, (5000,), "float32", "cpu")
+        inputs = Inputs(registry.get("dropout"), case, seed=0)
+        variants = [backend_variant(name, inputs, case) for name in backends()]
+        variants += filter(None, [Peers().variant("eager-inplace", inputs, case)])
+        for variant in variants:
+            result = variant.verify(inputs)
+            assert result, (variant.name, result.detail)
+        with profile() as profiler:
+            backend_variant("eager", inputs, case).results()
+        assert "aten::dropout" in {event.name for event in profiler.events()}
+
+    @pytest.mark.parametrize(
+        ("function", "detail"),
+        [
+            (lambda x: F.dropout(x, 0.4), "off by"),
+            (lambda x: F.dropout(x) * (1 + 1e-4), "off by"),
+            (lambda x: 2 * x, "0.0000 zeros, not 0.5 ± 0.0424"),
+            (lambda x: 2 * x * (torch.rand_like(x) < 0.6), "zeros, not 0.5"),
+            (lambda x: F.dropout(x) + (x - x.detach()), "off by"),
+        ],
+    )
+    def test_a_wrong_one_is_found(self, function, detail):
+        op = registry.get("dropout")
+        timed = dataclasses.replace(op.timed_eager, function=function)
+        case = Case("dropout", "both", (5000,), "float32", "cpu")
+        inputs = Inputs(dataclasses.replace(op, timed_eager=timed), case, seed=0)
+        result = backend_variant("eager", inputs, case).verify(inputs)
+        assert not result and detail in result.detail
+
+    def test_the_labs_own_are_compared_with_the_reference(self):
+        op = registry.get("dropout")
+        other = dataclasses.replace(op, function=lambda x, backend: F.dropout(x))
+        case = Case("dropout", "both", (5000,), "float32", "cpu")
+        inputs = Inputs(other, case, seed=0)
+        assert not backend_variant("extension", inputs, case).verify(inputs)
 
 
 def test_a_markdown_cell_above_its_floor_is_marked():

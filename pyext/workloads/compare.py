@@ -586,7 +586,7 @@ def _dropping_alike(training: Training) -> Training:
 
 
 def _swapped(training: Training) -> Training:
-    """The training itself; `eager`'s, in which nothing is swapped, compares with its own reference."""
+    """The training itself; `eager`'s, in which nothing is swapped, drops as its reference does."""
     return _dropping_alike(training) if training.backend == "eager" else training
 
 
