@@ -300,7 +300,7 @@ class TestCompare:
 
 
 class TestTimedEager:
-    """What is timed as dropout's ``eager``: PyTorch's, which drops other elements than the lab's."""
+    """What is timed as dropout's ``eager`` is PyTorch's, which drops other elements."""
 
     @pytest.mark.parametrize("direction", ["forward", "backward", "both"])
     def test_it_is_pytorchs_and_verified_by_its_own_mask(self, direction):

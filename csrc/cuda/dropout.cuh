@@ -19,7 +19,7 @@ __device__ __forceinline__ PhiloxBlock philox(uint64_t key, uint64_t counter) {
   uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32);
   uint32_t c2 = 0, c3 = 0;
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-#pragma unroll
+#pragma unroll 5  // whole, sm_100 takes up to 80 registers for it and float64 as many on sm_90
   for (int round = 0; round < 10; ++round) {
     const uint32_t high_0 = __umulhi(0xD2511F53u, c0), low_0 = 0xD2511F53u * c0;
     const uint32_t high_1 = __umulhi(0xCD9E8D57u, c2), low_1 = 0xCD9E8D57u * c2;
@@ -44,12 +44,10 @@ __device__ __forceinline__ T keep_or_drop(T x, uint32_t bits, uint64_t threshold
 template <class T>
 constexpr int DROPOUT_GROUP = ELEMENTS_PER_16_BYTES<T> < 4 ? 4 : ELEMENTS_PER_16_BYTES<T>;
 
-// A group is 16 bytes of every type but float64, of which it is 32: then half as many blocks have as
-// many bytes in flight.
 template <class T, bool Aligned>
 constexpr KernelLimits dropout_limits() {
-  KernelLimits limits = elementwise_limits<T, DROPOUT_GROUP<T>, 1>();
-  limits.load_bytes = limits.store_bytes = Aligned ? 16 : static_cast<int>(sizeof(T));
+  KernelLimits limits = elementwise_limits<T, ELEMENTS_PER_16_BYTES<T>, 1>();
+  if (!Aligned) limits.load_bytes = limits.store_bytes = sizeof(T);
   return limits;
 }
 
