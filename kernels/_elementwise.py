@@ -81,3 +81,9 @@ def rounded(value, dtype: tl.constexpr):
         return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         return value.to(dtype)
+
+
+@triton.jit
+def float_from_bits(bits, dtype: tl.constexpr):
+    """The argument that ``_registration.float_bits`` made of a Python float, in ``dtype``."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(dtype)

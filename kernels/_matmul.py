@@ -12,16 +12,15 @@ The epilogue, in this order, each step only where its operand is given:
 """
 
 import math
-import struct
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from ._elementwise import rounded, widen
+from ._elementwise import float_from_bits, rounded, widen
 from ._limits import Limits, limits, registers_for
 from ._reduction import accumulator, finish
-from ._registration import INTERPRETED, loop_bound, wrap_triton
+from ._registration import INTERPRETED, float_bits, loop_bound, wrap_triton
 
 GROUP = tl.constexpr(8)
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -134,8 +133,7 @@ def _epilogue(
         tl.store(loss + program, rounded(total, loss.dtype.element_ty))
     pointers = out + rows[:, None] * out_row + columns[None, :] * out_column
     if lr_bits is not None:
-        # A float argument would be rounded to float32: lr travels as the bits of a float64.
-        lr = lr_bits.to(tl.int64).to(tl.float64, bitcast=True).to(acc.dtype)
+        lr = float_from_bits(lr_bits, acc.dtype)
         acc = widen(tl.load(pointers, mask=inside, other=0)) - lr * acc
     tl.store(pointers, rounded(acc, T), mask=inside)
 
@@ -451,7 +449,7 @@ def matmul(
         squared,
         partial_losses,
         1 if tiles > 1 else count,
-        None if lr is None else struct.unpack("<q", struct.pack("<d", lr))[0],
+        None if lr is None else float_bits(lr),
     )
     kinds = {"SUBTRACT": subtract is not None, "RELU": relu}
     parts, first_sums = None, column_sums

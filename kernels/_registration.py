@@ -7,6 +7,7 @@ imported), a ``triton_op`` fails ``opcheck`` and ``fullgraph``; there it is an o
 
 import functools
 import re
+import struct
 import threading
 from unittest import mock
 
@@ -34,6 +35,12 @@ else:
 def wrap_triton(kernel):
     """``torch.library.wrap_triton``, which PyTorch 2.11 refuses for an interpreted kernel."""
     return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+
+
+def float_bits(value):
+    """A Python float for a kernel, which would get it rounded to float32: the bits of a float64, as
+    an integer. ``_elementwise.float_from_bits`` is the other end."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
 def raw_op(schema):

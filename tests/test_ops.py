@@ -141,7 +141,7 @@ def test_fake_has_the_strides_of_the_real_result(op, raw_op, backend, device):
 
 
 def _as_tuple(value):
-    return value if isinstance(value, tuple) else (value,)
+    return () if value is None else value if isinstance(value, tuple) else (value,)
 
 
 @pytest.mark.skipif("extension" not in backends(), reason="the extension was not built")

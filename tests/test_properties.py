@@ -8,7 +8,7 @@ what nobody thought of when the sample inputs were written.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import hypothesis
 import pytest
@@ -31,7 +31,8 @@ class Drawn:
     """A strided tensor as hypothesis drew it; prints as code that makes it again.
 
     ``order`` permutes the dimensions in memory, ``steps`` are the gaps between their elements (0:
-    expanded), ``offset`` elements lie before. Values are normal but for ``special`` ones.
+    expanded), ``offset`` elements lie before. Values are normal but for ``special`` ones, or the
+    squares of such.
     """
 
     shape: tuple[int, ...]
@@ -41,6 +42,7 @@ class Drawn:
     offset: int = 0
     seed: int = 0
     special: tuple[tuple[int, float], ...] = ()
+    squared: bool = False
 
     def tensor(self, device: str) -> torch.Tensor:
         strides, span = [0] * len(self.shape), 1
@@ -50,6 +52,8 @@ class Drawn:
         memory = _samples.normal((self.offset + span,), device, self.dtype, self.seed)
         for index, value in self.special:
             memory[index % len(memory)] = value
+        if self.squared:
+            memory.square_()
         return memory.as_strided(self.shape, strides, self.offset)
 
 
@@ -132,8 +136,21 @@ def two_layer_sgd_step_calls(draw):
     return (*network(draw, ("x", "y", "w1", "w2"), overlapping=False), 0.25), {}
 
 
+@st.composite
+def adadelta_step_calls(draw):
+    shape, dtype = draw(st.lists(EXTENTS, max_size=3).map(tuple)), draw(FLOATING)
+    param, square_avg, acc_delta = (
+        draw(tensors(shape, dtype, special=True, overlapping=False)) for _ in range(3)
+    )
+    averages = (replace(each, squared=True) for each in (square_avg, acc_delta))
+    rates = (st.sampled_from(each) for each in ((1.0, 0.25), (0.5, 0.9), (1e-6, 0.5), (0.0, 0.5)))
+    grad = draw(tensors(shape, dtype, special=True))
+    return (param, grad, *averages, *(draw(each) for each in rates)), {}
+
+
 CALLS = {
     "dropout": dropout_calls(),
+    "adadelta_step": adadelta_step_calls(),
     "relu": relu_calls(),
     "mse_loss": mse_loss_calls(),
     "two_layer": two_layer_calls(),

@@ -239,8 +239,8 @@ class StepCall:
         for tensor, start in self._mutated:
             tensor.copy_(start)
 
-    def call(self) -> torch.Tensor:
-        """One step; returns its loss."""
+    def call(self) -> torch.Tensor | None:
+        """One step; returns its loss, if it has one."""
         return self._function(*self._args)
 
     def capturable(self) -> Callable[[], Any]:
@@ -248,17 +248,20 @@ class StepCall:
         return self.call
 
     def results(self) -> check.Named:
-        """The loss and the updated tensors of one step from the start."""
+        """The loss, if there is one, and the updated tensors of one step from the start."""
         self.prepare(1)
         loss = self.call()
         return named("step", [loss, *self.mutated])
 
 
-def named(direction: str, results: Sequence[torch.Tensor]) -> check.Named:
-    """Names the results of a call: the output first, unless ``direction`` has none."""
+def named(direction: str, results: Sequence[torch.Tensor | None]) -> check.Named:
+    """Names the results of a call: the output first, unless ``direction`` has none; of a step, the
+    loss, which is None if it has none and then left out, and what it updated."""
     names = [f"grad_{i}" for i in range(len(results))]
     if direction == "step":
         names = ["loss", *(f"updated_{i}" for i in range(len(results) - 1))]
+        if results[0] is None:
+            names, results = names[1:], results[1:]
     elif direction != "backward":
         names = ["out", *names[:-1]]
     return dict(zip(names, results, strict=True))

@@ -157,7 +157,7 @@ class _Distance:
         self.worst = max(self.worst, error.abs().max().item())
         self.error_squares += error.square().sum().item()
         if before is not None:
-            before = before.double().to(value.device)
+            before = torch.where(finite, before.double().to(value.device), 0)
             reference = reference - before
             stored = torch.maximum(before.abs(), torch.where(finite, actual, 0).abs())
             self.stored = max(self.stored, stored.max().item())
@@ -184,8 +184,8 @@ def call(
         backward: whether to run backward, for a fixed random gradient of the output.
 
     Returns:
-        ``out`` and ``grad_0`` … (by position) for an op; ``loss`` and the arguments that changed
-        (``arg_2`` …) for a step op.
+        ``out`` and ``grad_0`` … (by position) for an op; ``loss``, if it returns one, and all
+        arguments that are tensors (``arg_2`` …) for a step op.
     """
     with same_random_numbers():
         return _call(op, function, args, kwargs or {}, backward)
@@ -194,7 +194,8 @@ def call(
 def _call(op: Op, function: Callable[..., Any], args: tuple, kwargs, backward: bool) -> Named:
     copies = [_copy(each, op.is_step) for each in args]
     if op.is_step:
-        results = {"loss": function(*copies, **kwargs)}
+        loss = function(*copies, **kwargs)
+        results = {} if loss is None else {"loss": loss}
         names = [f"arg_{i}" for i, each in enumerate(args) if isinstance(each, torch.Tensor)]
         tensors = [each for each in copies if isinstance(each, torch.Tensor)]
         return results | dict(zip(names, tensors, strict=True))
@@ -266,7 +267,10 @@ def before_step(op: Op, args: tuple) -> Named | None:
 
 def with_visible_step(op: Op, args: tuple) -> tuple:
     """Benchmark arguments; a step op's learning rate such that a small bfloat16 weight moves."""
-    return (*args[:-1], 2.0**-6) if op.is_step else args
+    if not op.is_step:
+        return args
+    position = list(inspect.signature(op.eager).parameters).index("lr")
+    return (*args[:position], max(args[position], 2.0**-6), *args[position + 1 :])
 
 
 def _mutated(op: Op) -> set[str]:

@@ -154,7 +154,8 @@ def _graph(peers: Peers, inputs: Inputs, case: Case) -> Variant:
     def results() -> check.Named:
         call.prepare(1)
         graph.replay()
-        return named(case.direction, [each.clone() for each in outputs])
+        copies = [None if each is None else each.clone() for each in outputs]
+        return named(case.direction, copies)
 
     return Variant("graph", "peer", subject, results, lambda: inputs.reference(case.direction))
 
@@ -179,7 +180,7 @@ class _captured_call:
         if self._step:
             self._step.prepare(calls)
 
-    def __call__(self) -> list[torch.Tensor]:
+    def __call__(self) -> list[torch.Tensor | None]:
         if self._step:
             return [self._step.call(), *self._step.mutated]
         grad = self._inputs.grad
@@ -316,7 +317,8 @@ class _JaxCall:
         last = self._last
         self.synchronize()
         outputs = (last,) if self._case.direction == "forward" else last
-        return named(self._case.direction, [self._to_torch(each) for each in outputs])
+        tensors = [None if each is None else self._to_torch(each) for each in outputs]
+        return named(self._case.direction, tensors)
 
     def _from_torch(self, value: Any) -> Any:
         if not torch.is_tensor(value):

@@ -92,14 +92,19 @@ def reduction(value: object) -> int:
     return REDUCTIONS[value]
 
 
+def number(op: str, name: str, value: object) -> float:
+    """``value`` as a float, ±inf if it is an integer beyond; ``TypeError`` unless a number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}(): argument {name!r} must be a float, not {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:  # an integer, whose digits would fill a sentence
+        return math.inf if value > 0 else -math.inf
+
+
 def learning_rate(op: str, lr: object) -> float:
     """``lr`` as a float; ``TypeError`` unless a number, ``ValueError`` if negative, NaN or inf."""
-    if isinstance(lr, bool) or not isinstance(lr, (int, float)):
-        raise TypeError(f"{op}(): argument 'lr' must be a float, not {type(lr).__name__}")
-    try:
-        value = float(lr)
-    except OverflowError:  # an integer, whose digits would fill the sentence
-        value = math.inf if lr > 0 else -math.inf
+    value = number(op, "lr", lr)
     if not 0 <= value < math.inf:
         raise ValueError(f"Invalid learning rate: {value}; {op}() accepts 0 <= lr < inf")
     return value
@@ -170,16 +175,17 @@ def updatable_in_place(op: str, updated: dict[str, torch.Tensor], **read: torch.
                 )
 
 
-def _overlaps_itself(matrix: torch.Tensor) -> bool:
-    """Whether two indices share an address: the longer stride is within the shorter's run."""
-    if matrix.is_contiguous():
+def _overlaps_itself(value: torch.Tensor) -> bool:
+    """Whether two indices may share an address: a stride is within the run of the shorter ones."""
+    if value.is_contiguous():
         return False
-    (rows, columns), (row_stride, column_stride) = matrix.shape, matrix.stride()
-    if rows <= 1 or columns <= 1:
-        return (rows > 1 and row_stride == 0) or (columns > 1 and column_stride == 0)
-    if row_stride >= column_stride:
-        return column_stride == 0 or row_stride < column_stride * (columns - 1) + 1
-    return row_stride == 0 or column_stride < row_stride * (rows - 1) + 1
+    run = 1
+    steps = zip(value.stride(), value.shape, strict=True)
+    for stride, size in sorted(each for each in steps if each[1] > 1):
+        if stride < run:
+            return True
+        run += stride * (size - 1)
+    return False
 
 
 def _address_range(value: torch.Tensor) -> tuple[int, int]:

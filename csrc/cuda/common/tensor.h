@@ -12,9 +12,11 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #if defined(__CUDACC__)
@@ -181,6 +183,42 @@ inline Tensor in_layout_of(const Tensor& dense, const Tensor& tensor) {
   torch::stable::copy_(copy, tensor);
   return copy;
 }
+
+// Whether the elements lie in one run of memory, each once, in whatever order of the dimensions.
+inline bool is_dense(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return true;
+  std::vector<std::pair<int64_t, int64_t>> steps;
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    if (tensor.size(i) > 1) steps.emplace_back(tensor.stride(i), tensor.size(i));
+  }
+  std::sort(steps.begin(), steps.end());
+  int64_t run = 1;
+  for (const auto& [stride, size] : steps) {
+    if (stride != run) return false;
+    run *= size;
+  }
+  return true;
+}
+
+// A tensor that a kernel updates by walking it flat: the tensor itself where it is dense and laid
+// out like `like`, else a dense copy, whose values write_back() takes home.
+class Updated {
+ public:
+  explicit Updated(const Tensor& tensor)
+      : flat(is_dense(tensor) ? tensor : in_layout_of(torch::stable::empty_like(tensor), tensor)),
+        home_(tensor) {}
+  Updated(const Tensor& tensor, const Updated& like)
+      : flat(in_layout_of(like.flat, tensor)), home_(tensor) {}
+
+  void write_back() {
+    if (flat.get() != home_.get()) torch::stable::copy_(home_, flat);
+  }
+
+  const Tensor flat;
+
+ private:
+  Tensor home_;
+};
 
 inline void check_matches(const char* op, const char* name, const Tensor& tensor,
                           const Tensor& reference) {
