@@ -38,7 +38,7 @@ __device__ __forceinline__ void adadelta_update(T& param, T grad, T& square_avg,
   if (rates.weight_decay != 0) g += rates.weight_decay * p;
   const Acc mean_square = rates.rho * to_accumulate(square_avg) + rates.one_less_rho * (g * g);
   const Acc acc = to_accumulate(acc_delta);
-  const Acc delta = sqrt(acc + rates.eps) / sqrt(mean_square + rates.eps) * g;
+  const Acc delta = std::sqrt(acc + rates.eps) / std::sqrt(mean_square + rates.eps) * g;
   param = from_accumulate<T>(p - rates.lr * delta);
   square_avg = from_accumulate<T>(mean_square);
   acc_delta = from_accumulate<T>(rates.rho * acc + rates.one_less_rho * (delta * delta));

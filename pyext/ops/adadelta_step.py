@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from pyext.backends import select
+from pyext.backends import Backend, select
 from pyext.ops import _checks, _samples
 from pyext.registry import Cost, ErrorInput, Op, RawOp, SampleInput
 
@@ -75,18 +75,19 @@ def adadelta_step(
         _checks.tensor(op, name, value)
     chosen = select(backend, param.device, op)
     check_operands(param, grad, square_avg, acc_delta)
-    if chosen.namespace is None:
+    with torch.no_grad():
+        update(chosen, param, grad, square_avg, acc_delta, *rates)
+
+
+def update(backend: Backend, param, grad, square_avg, acc_delta, *rates: float) -> None:
+    """What :func:`adadelta_step` does once everything is checked; under ``torch.no_grad()``."""
+    if backend.namespace is None:
         return eager(param, grad, square_avg, acc_delta, *rates)
-    if torch.is_grad_enabled():
-        with torch.no_grad():
-            chosen.raw.adadelta_step(param, grad, square_avg, acc_delta, *rates)
-    else:
-        chosen.raw.adadelta_step(param, grad, square_avg, acc_delta, *rates)
+    backend.raw.adadelta_step(param, grad, square_avg, acc_delta, *rates)
     # The stable ABI does not count what it mutates, and a stale saved tensor must be an error.
     # (torch.compile functionalizes the op and counts by itself.)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version((param, square_avg, acc_delta))
-    return None
 
 
 def checked_rates(lr, rho, eps, weight_decay) -> tuple[float, float, float, float]:
@@ -129,9 +130,7 @@ def check_operands(param, grad, square_avg, acc_delta) -> None:
 
 
 @torch.no_grad()
-def eager(
-    param, grad, square_avg, acc_delta, lr=1.0, rho=0.9, eps=1e-6, weight_decay=0.0
-) -> None:
+def eager(param, grad, square_avg, acc_delta, lr=1.0, rho=0.9, eps=1e-6, weight_decay=0.0) -> None:
     """The reference: the operations of ``torch.optim``'s loop over the parameters."""
     if weight_decay != 0:
         grad = grad.add(param, alpha=weight_decay)
@@ -148,9 +147,7 @@ def _raw_samples(device, dtype) -> Iterator[tuple]:
         yield *sample.args, *defaults[len(sample.args) - 4 :]
 
 
-def _operands(
-    shape, device, dtype, makes=(_samples.normal,) * 4
-) -> tuple[torch.Tensor, ...]:
+def _operands(shape, device, dtype, makes=(_samples.normal,) * 4) -> tuple[torch.Tensor, ...]:
     """Param, grad and averages as after few steps, which still grow: a step changes each by more
     than bfloat16 rounds away."""
     param, grad, square_avg, acc_delta = (
