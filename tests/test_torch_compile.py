@@ -67,7 +67,7 @@ def test_a_dimension_marked_dynamic_stays_so(op, backend, device):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, backend=counter, fullgraph=True)
     first = inputs(op, device)[0]
-    batched = ("x", "y", "input", "target")
+    batched = ("x", "y", "input", "target", "param", "grad", "square_avg", "acc_delta")
     names = op.eager.__code__.co_varnames
 
     def mark(*args):

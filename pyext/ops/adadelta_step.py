@@ -129,16 +129,18 @@ def check_operands(param, grad, square_avg, acc_delta) -> None:
     _checks.updatable_in_place(op, updated, grad=grad)
 
 
-@torch.no_grad()
-def eager(param, grad, square_avg, acc_delta, lr=1.0, rho=0.9, eps=1e-6, weight_decay=0.0) -> None:
+def eager(
+    param, grad, square_avg, acc_delta, lr=1.0, rho=0.9, eps=1e-6, weight_decay=0.0
+) -> None:
     """The reference: the operations of ``torch.optim``'s loop over the parameters."""
-    if weight_decay != 0:
-        grad = grad.add(param, alpha=weight_decay)
-    square_avg.mul_(rho).addcmul_(grad, grad, value=1 - rho)
-    std = square_avg.add(eps).sqrt_()
-    delta = acc_delta.add(eps).sqrt_().div_(std).mul_(grad)
-    acc_delta.mul_(rho).addcmul_(delta, delta, value=1 - rho)
-    param.add_(delta, alpha=-lr)
+    with torch.no_grad():
+        if weight_decay != 0:
+            grad = grad.add(param, alpha=weight_decay)
+        square_avg.mul_(rho).addcmul_(grad, grad, value=1 - rho)
+        std = square_avg.add(eps).sqrt_()
+        delta = acc_delta.add(eps).sqrt_().div_(std).mul_(grad)
+        acc_delta.mul_(rho).addcmul_(delta, delta, value=1 - rho)
+        param.add_(delta, alpha=-lr)
 
 
 def _raw_samples(device, dtype) -> Iterator[tuple]:

@@ -146,7 +146,7 @@ class _Compiler:
         for op in registry.ops().values():
             for label, args, kwargs in _calls(op, dtype, inputs):
                 result = op.function(*args, **kwargs, backend="triton")
-                if result.requires_grad:
+                if result is not None and result.requires_grad:  # some steps return nothing
                     result.backward(torch.ones_like(result))
                 for name, compiled in self.launched:
                     if compiled.hash not in seen:
