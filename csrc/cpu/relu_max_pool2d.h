@@ -5,47 +5,124 @@
 // Included once per instruction set by common/for_each_isa.h.
 #include "common/stream.h"
 
-// The winner so far. As in PyTorch, the first of equal numbers wins, and the last NaN. Position is
-// as wide as a value: so the compiler puts both into vectors of one width.
-template <class Acc>
+// kLanes neighbouring values of the type A, and what shuffles them.
+template <class A, int kLanes>
+struct Lanes {
+  // As wide as a value.
+  using Position =
+      std::conditional_t<sizeof(A) == 8, int64_t,
+                         std::conditional_t<sizeof(A) == 4, int32_t, int16_t>>;
+  typedef A Values __attribute__((vector_size(sizeof(A) * kLanes)));
+  typedef Position Positions __attribute__((vector_size(sizeof(A) * kLanes)));
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+
+  // Elements `first`, `first` + 2, ... of a and b in a row.
+  static Values every_second(const Values& a, const Values& b, int first) {
+    return shuffle(a, b, [=](int i) { return 2 * i + first; }, kEach);
+  }
+  // a and b in turns, from element `first` of each.
+  static Values in_turns(const Values& a, const Values& b, int first) {
+    return shuffle(a, b, [=](int i) { return i / 2 + first + i % 2 * kLanes; }, kEach);
+  }
+
+ private:
+  static constexpr std::make_integer_sequence<int, kLanes> kEach{};
+  template <class At, int... kI>
+  static Values shuffle(const Values& a, const Values& b, At at,
+                        std::integer_sequence<int, kI...>) {
+#ifdef __clang__
+    Values shuffled;
+    ((shuffled[kI] = at(kI) < kLanes ? a[at(kI)] : b[at(kI) - kLanes]), ...);
+    return shuffled;
+#else
+    return __builtin_shuffle(a, b, Positions{at(kI)...});
+#endif
+  }
+};
+
+// The winner so far: Value is a number or a vector of them, Position an integer as wide. As in
+// PyTorch, the first of equal numbers wins, and the last NaN.
+template <class Value, class Position>
 struct Maximum {
-  using Position = std::conditional_t<sizeof(Acc) == 8, int64_t, int32_t>;
-  Acc value;
+  Value value;
   Position position;
 
-  template <class T>
-  void offer(T x, Position at) {
-    const Acc candidate = Acc(x) < Acc(0) ? Acc(0) : Acc(x);
-    const bool wins = (candidate > value) | (candidate != candidate);
+  void offer(const Value& x, int at) {
+    const Value candidate = x < 0 ? Value{} : x;
+    const auto wins = (candidate > value) | (candidate != candidate);
     value = wins ? candidate : value;
-    position = wins ? at : position;
+    position = wins ? Position{} + at : position;
   }
-  uint8_t index() const { return uint8_t(value <= Acc(0) ? Position(kNowhere) : position); }
+  Position index() const { return value <= 0 ? Position{} + int(kNowhere) : position; }
 };
+
+template <class Acc>
+using MaximumOfOne = Maximum<Acc, typename Lanes<Acc, 1>::Position>;
+
+// kLanes windows of 2 x 2.
+template <class Acc, int kLanes, class T>
+void relu_max_pool_2x2_lanes(const T* top, const T* bottom, T* out, uint8_t* index) {
+  using L = Lanes<Acc, kLanes>;
+  const auto load = [](const T* from) {
+    Acc wide[kLanes];
+    for (int i = 0; i < kLanes; ++i) wide[i] = Acc(from[i]);
+    typename L::Values values;
+    std::memcpy(&values, wide, sizeof values);
+    return values;
+  };
+  Maximum<typename L::Values, typename L::Positions> best{typename L::Values{} - 1, {}};
+  int at = 0;
+  for (const T* row : {top, bottom}) {
+    const auto low = load(row), high = load(row + kLanes);
+    best.offer(L::every_second(low, high, 0), at++);
+    best.offer(L::every_second(low, high, 1), at++);
+  }
+  Acc wide[kLanes];
+  std::memcpy(wide, &best.value, sizeof wide);
+  for (int i = 0; i < kLanes; ++i) out[i] = T(wide[i]);
+  const auto bytes = __builtin_convertvector(best.index(), typename L::Bytes);
+  std::memcpy(index, &bytes, sizeof bytes);
+}
+
+// Calls lanes<kLanes>(first) until all of n are done: with the widest vectors that n fills, the last
+// of which may do some again (12 with 8 lanes: from 0 and from 4). Then one(i) for less than two.
+template <int kLanes, class Vector, class One>
+void in_lanes(int64_t n, const Vector& vector, const One& one) {
+  if constexpr (kLanes < 2) {
+    for (int64_t i = 0; i < n; ++i) one(i);
+  } else if (n < kLanes) {
+    in_lanes<kLanes / 2>(n, vector, one);
+  } else {
+    for (int64_t i = 0; i + kLanes <= n; i += kLanes) vector.template operator()<kLanes>(i);
+    if (n % kLanes) vector.template operator()<kLanes>(n - kLanes);
+  }
+}
 
 // One row of 2 x 2 windows.
 template <class Acc, class T>
 void relu_max_pool_2x2(const T* top, const T* bottom, T* out, uint8_t* index, int64_t windows) {
-  for (int64_t i = 0; i < windows; ++i) {
-    Maximum<Acc> best{Acc(-1), 0};
-    best.offer(top[2 * i], 0);
-    best.offer(top[2 * i + 1], 1);
-    best.offer(bottom[2 * i], 2);
-    best.offer(bottom[2 * i + 1], 3);
-    out[i] = T(best.value);
-    index[i] = best.index();
-  }
+  in_lanes<PYEXT_VECTOR_BYTES / sizeof(Acc)>(
+      windows,
+      [=]<int kLanes>(int64_t i) {
+        relu_max_pool_2x2_lanes<Acc, kLanes>(top + 2 * i, bottom + 2 * i, out + i, index + i);
+      },
+      [=](int64_t i) {
+        MaximumOfOne<Acc> best{-1, 0};
+        for (int at = 0; at < 4; ++at) best.offer(Acc((at < 2 ? top : bottom)[2 * i + at % 2]), at);
+        out[i] = T(best.value);
+        index[i] = uint8_t(best.index());
+      });
 }
 
 // One window anywhere; it has at least one element of the plane.
 template <class Acc, class T>
-Maximum<Acc> relu_max_of_window(const T* plane, const Pooling& p, int64_t row, int64_t column) {
+MaximumOfOne<Acc> relu_max_of_window(const T* plane, const Pooling& p, int64_t row, int64_t column) {
   const int64_t top = row * p.stride_height - p.padding_height;
   const int64_t left = column * p.stride_width - p.padding_width;
-  Maximum<Acc> best{Acc(-1), 0};
+  MaximumOfOne<Acc> best{-1, 0};
   for (int64_t y = std::max<int64_t>(-top, 0); y < std::min(p.kernel_height, p.height - top); ++y)
     for (int64_t x = std::max<int64_t>(-left, 0); x < std::min(p.kernel_width, p.width - left); ++x)
-      best.offer(plane[(top + y) * p.width + left + x], y * p.kernel_width + x);
+      best.offer(Acc(plane[(top + y) * p.width + left + x]), int(y * p.kernel_width + x));
   return best;
 }
 
@@ -53,9 +130,9 @@ Maximum<Acc> relu_max_of_window(const T* plane, const Pooling& p, int64_t row, i
 template <class Acc, class T>
 void relu_max_pool_forward(const T* input, const Pooling& p, int64_t begin, int64_t end, T* out,
                            uint8_t* index) {
+  int64_t row = begin % p.out_height;
+  const T* plane = input + begin / p.out_height * p.height * p.width;
   for (int64_t each = begin; each < end; ++each) {
-    const int64_t row = each % p.out_height;
-    const T* plane = input + each / p.out_height * p.height * p.width;
     T* out_row = out + each * p.out_width;
     uint8_t* index_row = index + each * p.out_width;
     if (p.is_2x2()) {
@@ -63,12 +140,34 @@ void relu_max_pool_forward(const T* input, const Pooling& p, int64_t begin, int6
       relu_max_pool_2x2<Acc>(top, top + p.width, out_row, index_row, p.out_width);
     } else {
       for (int64_t column = 0; column < p.out_width; ++column) {
-        const Maximum<Acc> best = relu_max_of_window<Acc>(plane, p, row, column);
+        const MaximumOfOne<Acc> best = relu_max_of_window<Acc>(plane, p, row, column);
         out_row[column] = T(best.value);
-        index_row[column] = best.index();
+        index_row[column] = uint8_t(best.index());
       }
     }
+    if (++row == p.out_height) row = 0, plane += p.height * p.width;
   }
+}
+
+// Values that are only copied: their bits.
+template <class T>
+using BitsOf = std::conditional_t<sizeof(T) == 8, uint64_t,
+                                  std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+
+// 2 kLanes elements of a row of the input under kLanes windows of 2 x 2, in which they have the
+// positions `first` and `first` + 1.
+template <class Bits, int kLanes>
+void relu_max_unpool_2x2_lanes(const void* grad, const uint8_t* index, int first, void* to) {
+  using L = Lanes<Bits, kLanes>;
+  typename L::Values values;
+  std::memcpy(&values, grad, sizeof values);
+  typename L::Bytes bytes;
+  std::memcpy(&bytes, index, sizeof bytes);
+  const auto at = __builtin_convertvector(bytes, typename L::Values);
+  const typename L::Values even = at == Bits(first) ? values : 0;
+  const typename L::Values odd = at == Bits(first + 1) ? values : 0;
+  const typename L::Values pairs[] = {L::in_turns(even, odd, 0), L::in_turns(even, odd, kLanes / 2)};
+  std::memcpy(to, pairs, sizeof pairs);
 }
 
 // Elements [column, column + count) of a row of the input under one row of 2 x 2 windows, in which
@@ -82,11 +181,17 @@ void relu_max_unpool_2x2(const T* grad, const uint8_t* index, int first, int64_t
   if (count > 0 && column % 2) *to++ = at(column++), --count;
   grad += column / 2, index += column / 2, windows -= column / 2;
   const int64_t pairs = std::min(count / 2, windows);
-  for (int64_t i = 0; i < pairs; ++i) {
-    to[2 * i] = index[i] == first ? grad[i] : T(0);
-    to[2 * i + 1] = index[i] == first + 1 ? grad[i] : T(0);
-  }
-  for (int64_t i = 2 * pairs; i < count; ++i) to[i] = i / 2 < windows ? at(column + i) : T(0);
+  in_lanes<PYEXT_VECTOR_BYTES / sizeof(T)>(
+      pairs,
+      [=]<int kLanes>(int64_t i) {
+        relu_max_unpool_2x2_lanes<BitsOf<T>, kLanes>(grad + i, index + i, first, to + 2 * i);
+      },
+      [=](int64_t i) {
+        to[2 * i] = index[i] == first ? grad[i] : T(0);
+        to[2 * i + 1] = index[i] == first + 1 ? grad[i] : T(0);
+      });
+  for (int64_t i = 2 * pairs; i < count; ++i)
+    to[i] = i / 2 < windows && index[i / 2] == first + i % 2 ? grad[i / 2] : T(0);
 }
 
 // The gradient of one element of the input: windows that contain it, in their order.
