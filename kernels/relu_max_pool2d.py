@@ -203,7 +203,9 @@ def _output_shape(op, shape, kernel_size, stride, padding):
         and all(2 * pad <= size for pad, size in zip(padding, kernel_size, strict=True))
     )
     torch._check(possible, lambda: f"{op}: kernel_size, stride or padding is out of range")
-    last = [n + 2 * pad - size for n, size, pad in zip(shape[-2:], kernel_size, padding, strict=True)]
+    last = [
+        n + 2 * pad - size for n, size, pad in zip(shape[-2:], kernel_size, padding, strict=True)
+    ]
     for each in last:
         torch._check(each >= 0, lambda: f"{op}: a window does not fit into the input")
     return *shape[:-2], *(each // step + 1 for each, step in zip(last, stride, strict=True))
@@ -212,8 +214,10 @@ def _output_shape(op, shape, kernel_size, stride, padding):
 def _expect_index(op, index, shape):
     torch._check(
         index.dtype == torch.uint8 and tuple(index.shape) == tuple(shape),
-        lambda: f"{op}: index: expected uint8 of shape {tuple(shape)}, "
-        f"got {index.dtype} of {tuple(index.shape)}",
+        lambda: (
+            f"{op}: index: expected uint8 of shape {tuple(shape)}, "
+            f"got {index.dtype} of {tuple(index.shape)}"
+        ),
     )
 
 

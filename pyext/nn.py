@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from pyext import functional
 from pyext.backends import lookup, select
 
-__all__ = ["Dropout", "MSELoss", "ReLU", "Swap", "SwapRecord", "TwoLayerNet", "swap"]
+__all__ = [
+    "Dropout",
+    "MSELoss",
+    "ReLU",
+    "ReLUMaxPool2d",
+    "Swap",
+    "SwapRecord",
+    "TwoLayerNet",
+    "swap",
+]
 
 
 class ReLU(nn.ReLU):
@@ -65,6 +74,46 @@ class Dropout(nn.Dropout):
 
     def extra_repr(self) -> str:
         return _join(super().extra_repr(), f"backend={self.backend!r}")
+
+
+class ReLUMaxPool2d(nn.Module):
+    """`torch.nn.ReLU` and `torch.nn.MaxPool2d` as one op, `pyext.functional.relu_max_pool2d`.
+
+    Shape: input (N, C, H, W) or (C, H, W); the result has ⌊(H + 2 padding - kernel) / stride⌋ + 1
+    rows, likewise columns, and the input's dtype.
+
+    Args:
+        kernel_size, stride, padding: an int or a pair (height, width), as in `nn.MaxPool2d`; a
+            window has at most 255 elements.
+        backend: as in `pyext.functional`; None takes the first that is available at each call.
+
+    Raises:
+        RuntimeError, TypeError: sizes that the op refuses, when it is called.
+    """
+
+    def __init__(
+        self,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] | None = None,
+        padding: int | tuple[int, int] = 0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.stride = kernel_size if stride is None else stride
+        self.padding = padding
+        self.backend = backend
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.relu_max_pool2d(
+            input, self.kernel_size, self.stride, self.padding, backend=self.backend
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
+            f"backend={self.backend!r}"
+        )
 
 
 class MSELoss(nn.MSELoss):

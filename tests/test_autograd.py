@@ -301,12 +301,14 @@ SAVED = {
     "dropout": set(),  # but its seed
     "mse_loss": {"input", "target"},
     "relu": {"out"},
+    "relu_max_pool2d": set(),
     "two_layer": {"x", "w1", "w2"},
     "two_layer_mse_loss": {"x", "w1", "w2"},
 }
 """What backward needs as it was. Everything else may change in place between forward and backward.
 
-(``two_layer`` and its loss save hidden, too, and the loss its error, which nobody else can reach.)
+(``relu_max_pool2d`` saves where each maximum was, ``two_layer`` and its loss save hidden, too, and
+the loss its error: nobody else can reach these.)
 """
 
 

@@ -108,6 +108,24 @@ def test_two_layer_net_runs_the_fused_op_only_while_its_modules_are_plain(monkey
     assert fused == [1, 1]
 
 
+@pytest.mark.parametrize(
+    "sizes", [(2,), (2, None, 1), ((3, 2), (2, 1), (1, 0))], ids=["2", "padded", "pairs"]
+)
+def test_relu_max_pool2d_computes_torch_nns(backend, sizes):
+    torch.manual_seed(0)
+    ours, theirs = (torch.randn(2, 3, 6, 7, **DOUBLE).requires_grad_() for _ in range(2))
+    theirs.data.copy_(ours)
+    pool = lab.ReLUMaxPool2d(*sizes, backend=backend)
+    output = pool(ours)
+    expected = nn.Sequential(nn.ReLU(), nn.MaxPool2d(*sizes))(theirs)
+    torch.testing.assert_close(output, expected)
+    output.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    assert f"kernel_size={sizes[0]}" in repr(pool) and repr(backend) in repr(pool)
+    assert repr(pickle.loads(pickle.dumps(pool))) == repr(pool)
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_mse_loss_computes_torch_nns(backend, reduction):
     torch.manual_seed(0)

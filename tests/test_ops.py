@@ -263,6 +263,7 @@ def _surrounded(value, filler: float):
         return value
     offset = 64 + value.data_ptr() % 16 // value.element_size()
     span = sum(s * (n - 1) for s, n in zip(value.stride(), value.shape, strict=True)) + 1
+    filler = filler if value.is_floating_point() else int(filler != 0)  # integers know no NaN
     memory = value.new_full((offset + span + 64,), filler)
     copy = memory.as_strided(value.shape, value.stride(), offset)
     once = tuple(slice(0, 1) if s == 0 else slice(None) for s in value.stride())
@@ -270,11 +271,14 @@ def _surrounded(value, filler: float):
     return copy
 
 
-# For the networks: beyond every block of the C++ product but that of depth; beyond that (1024) in
-# each product, with so few rows for a thread that one's may take another path; no packing.
+# For pooling: windows of two vectors and a rest, and a rest alone, in planes of odd extents; more
+# than one thread's share. For the networks: beyond every block of the C++ product but that of
+# depth; beyond that (1024) in each product, with so few rows for a thread that one's may take
+# another path; no packing.
 LARGE_SHAPES = {
     1: [(200_003,)],
     4: [(203, 700, 301, 37), (20, 1100, 1500, 16), (1100, 64, 100, 10), (1100, 9, 52, 3)],
+    5: [(5, 7, 61, 75, 2), (3, 11, 41, 38, 3)],
 }
 
 
@@ -340,12 +344,13 @@ def test_hand_written_peer_agrees(op, dtype):
         expected, improbable = op.timed_eager.expected(results, args, grad)
         assert check.compare(results, expected, op.reduction_length(*args)) and not improbable
         return
-    double = [each.detach().double().requires_grad_(each.requires_grad) for each in args]
+    double = [check._double(each) for each in args]
     out = op.eager(*double)
-    leaves = [each for each in double if each.requires_grad]
+    leaves = [each for each in double if torch.is_tensor(each) and each.requires_grad]
     grad = () if out.dim() == 0 else (check.grad_output(out),)
     expected = [out.detach(), *torch.autograd.grad(out, leaves, *grad)]
-    actual = op.by_hand(*(each.detach() for each in args), *(each.to(dtype) for each in grad))
+    detached = [each.detach() if torch.is_tensor(each) else each for each in args]
+    actual = op.by_hand(*detached, *(each.to(dtype) for each in grad))
     names = [str(i) for i in range(len(expected))]
     result = check.compare(
         dict(zip(names, actual, strict=True)),
@@ -359,7 +364,7 @@ def test_hand_written_peer_agrees(op, dtype):
 @pytest.mark.parametrize("op", [each for each in registry.ops().values() if not each.is_step])
 def test_a_gradient_of_any_strides_is_read_by_them(op, backend, device):
     """The upstream gradient transposed, and expanded from one element."""
-    shape = {1: (35,), 4: (5, 4, 3, 7)}[len(op.shape_names)]
+    shape = {1: (35,), 4: (5, 4, 3, 7), 5: (1, 1, 10, 14, 2)}[len(op.shape_names)]
     args = op.benchmark_inputs(shape, torch.float32, device, torch.Generator(device).manual_seed(0))
     if op.name == "mse_loss":
         args = (*(each.detach().view(5, 7).requires_grad_() for each in args[:2]), "none")

@@ -28,7 +28,7 @@ TWO_MINUTES = datetime.timedelta(minutes=2)
 
 def some_args(op: registry.Op, device: str, seed: int) -> tuple:
     """Small benchmark arguments, different for each seed."""
-    shape = {1: (1001,), 4: (9, 20, 17, 5)}[len(op.shape_names)]
+    shape = {1: (1001,), 4: (9, 20, 17, 5), 5: (2, 3, 12, 10, 2)}[len(op.shape_names)]
     generator = torch.Generator(device).manual_seed(seed)
     inputs = op.benchmark_inputs(shape, torch.float32, torch.device(device), generator)
     return with_visible_step(op, inputs)

@@ -88,6 +88,20 @@ def dropout_calls(draw):
 
 
 @st.composite
+def relu_max_pool2d_calls(draw):
+    """Windows of any size up to the input's; half of the calls have windows of 2 x 2."""
+    kernel = stride = (2, 2)
+    padding = (0, 0)
+    if draw(st.booleans()):
+        kernel, stride = (tuple(draw(st.integers(1, 4)) for _ in range(2)) for _ in range(2))
+        padding = tuple(draw(st.integers(0, size // 2)) for size in kernel)
+    planes = tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=2)))
+    extents = tuple(size + draw(st.sampled_from((0, 1, 2, 3, 7, 14, 33))) for size in kernel)
+    input = draw(tensors((*planes, *extents), draw(FLOATING), special=True))
+    return (input, kernel, stride, padding), {}
+
+
+@st.composite
 def mse_loss_calls(draw):
     """Shapes that broadcast, each with its own dtype."""
     shape = draw(st.lists(EXTENTS, max_size=3).map(tuple))
@@ -152,6 +166,7 @@ CALLS = {
     "dropout": dropout_calls(),
     "adadelta_step": adadelta_step_calls(),
     "relu": relu_calls(),
+    "relu_max_pool2d": relu_max_pool2d_calls(),
     "mse_loss": mse_loss_calls(),
     "two_layer": two_layer_calls(),
     "two_layer_mse_loss": two_layer_mse_loss_calls(),

@@ -18,7 +18,11 @@ from pyext.lab import check
 CONFIGURATIONS = configurations()
 OPS = [pytest.param(op, id=op.name) for op in registry.ops().values()]
 # By the numbers in a shape. 0 and 1 are left out: torch.compile always takes those for constants.
-SIZES = {1: ((64,), (100,), (33,)), 4: ((6, 9, 7, 5), (11, 4, 13, 3), (2, 17, 8, 12))}
+SIZES = {
+    1: ((64,), (100,), (33,)),
+    4: ((6, 9, 7, 5), (11, 4, 13, 3), (2, 17, 8, 12)),
+    5: ((6, 3, 8, 10, 2), (11, 2, 9, 7, 2), (3, 4, 6, 12, 2)),
+}
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ DEVICES = [
     if parameter.values[0] == TRITON.name
 ]
 # Several tiles each way, odd edges, and a K that splits unevenly; by the numbers in a shape.
-SHAPES = {1: (1001,), 4: (20, 70, 36, 18)}
+SHAPES = {1: (1001,), 4: (20, 70, 36, 18), 5: (2, 3, 13, 17, 3)}
 
 
 def run_python(code, **environment):
@@ -68,7 +68,15 @@ print([name for name in names if not get_triton_kernels_for_op(f"pyext_triton::{
 def small_tiles(monkeypatch):
     """Every kernel in many programs, with K split: what only large operands would reach."""
     TRITON.raw  # noqa: B018  imports the kernels
-    from pyext.kernels import _matmul, _reduction, dropout, mse_loss, relu
+    from pyext.kernels import (
+        _matmul,
+        _reduction,
+        adadelta_step,
+        dropout,
+        mse_loss,
+        relu,
+        relu_max_pool2d,
+    )
 
     def choose_tiling(m, n, k, itemsize):
         return _matmul.Tiling(16, 16, 16, splits=3 if k > 32 else 1, warps=1, stages=1)
@@ -76,7 +84,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(_matmul, "choose_tiling", choose_tiling)
     monkeypatch.setattr(mse_loss, "MAX_PROGRAMS", 5)
     monkeypatch.setattr(_reduction, "PARTIALS_PER_STEP", 2)
-    for module in (dropout, mse_loss, relu):
+    for module in (adadelta_step, dropout, mse_loss, relu, relu_max_pool2d):
         monkeypatch.setattr(module, "block_size", lambda n, itemsize: 64)
 
 

@@ -229,6 +229,16 @@ def _jax_module(op: Op) -> Any:
     return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 
+def _of_all_but_integers(function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:
+    """``function`` of the other arguments: integers are sizes, which XLA takes for constants."""
+
+    def of_the_others(*given):
+        others = iter(given)
+        return function(*(each if isinstance(each, int) else next(others) for each in args))
+
+    return of_the_others
+
+
 class _JaxCall:
     """One direction of a JAX function, jitted; all that is returned is computed."""
 
@@ -237,15 +247,14 @@ class _JaxCall:
     def __init__(self, jax: Any, module: Any, inputs: Inputs, case: Case):
         self._jax, self._case = jax, case
         self._device = jax.devices(torch.device(case.device).type)[0]
-        self._args = [self._from_torch(each) for each in inputs.args]
+        given = [each for each in inputs.args if not isinstance(each, int)]
+        self._args = [self._from_torch(each) for each in given]
         self._grad = None if inputs.grad is None else self._from_torch(inputs.grad)
-        self._wanted = [
-            i for i, a in enumerate(inputs.args) if torch.is_tensor(a) and a.requires_grad
-        ]
+        self._wanted = [i for i, a in enumerate(given) if torch.is_tensor(a) and a.requires_grad]
         self._last: Any = None
         self._queue: list[Any] = []
         self.call = getattr(self, f"_{case.direction}")
-        function = module.function
+        function = _of_all_but_integers(module.function, inputs.args)
         if case.direction == "step":
             self._donated = module.DONATED
             self._start = self._args

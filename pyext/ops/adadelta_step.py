@@ -129,9 +129,7 @@ def check_operands(param, grad, square_avg, acc_delta) -> None:
     _checks.updatable_in_place(op, updated, grad=grad)
 
 
-def eager(
-    param, grad, square_avg, acc_delta, lr=1.0, rho=0.9, eps=1e-6, weight_decay=0.0
-) -> None:
+def eager(param, grad, square_avg, acc_delta, lr=1.0, rho=0.9, eps=1e-6, weight_decay=0.0) -> None:
     """The reference: the operations of ``torch.optim``'s loop over the parameters."""
     with torch.no_grad():
         if weight_decay != 0:

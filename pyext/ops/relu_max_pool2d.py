@@ -1,4 +1,4 @@
-"""relu_max_pool2d(x) = the maximum of max(x, 0) over windows: ReLU and pooling in one pass each way.
+"""relu_max_pool2d(x) = the maximum of max(x, 0) over windows: ReLU and pooling in one pass a way.
 
 Instead of ReLU's output, one byte for each window goes to backward: where in it the maximum was.
 """
@@ -60,14 +60,13 @@ def relu_max_pool2d(
     """
     _checks.tensor(_NAME, "input", input)
     _checks.floating_dtype(_NAME, "input", input.dtype)
-    kernel = _pair("kernel_size", kernel_size)
-    stride = kernel if stride is None else _pair("stride", stride)
-    padding = _pair("padding", padding)
+    kernel, stride, padding = _geometry(kernel_size, stride, padding)
     _check_geometry(input, kernel, stride, padding)
     chosen = select(backend, input.device, _NAME)
     if chosen.namespace is None:
         return eager(input, kernel, stride, padding).contiguous()
-    return _relu_max_pool2d(chosen.raw, input, kernel, stride, padding)[0]
+    sizes = (*kernel, *stride, *padding, *input.shape[-2:])
+    return _relu_max_pool2d(chosen.raw, input, *sizes)[0]
 
 
 def eager(input: torch.Tensor, kernel_size, stride=None, padding=0) -> torch.Tensor:
@@ -90,6 +89,13 @@ def _pair(name: str, value: object) -> tuple[int, int]:
         )
     # int: kernels are compiled for the sizes, so torch.compile takes them for constants.
     return int(each[0]), int(each[-1])
+
+
+def _geometry(kernel_size, stride=None, padding=0) -> tuple[tuple[int, int], ...]:
+    """kernel, stride and padding as pairs."""
+    kernel = _pair("kernel_size", kernel_size)
+    stride = kernel if stride is None else _pair("stride", stride)
+    return kernel, stride, _pair("padding", padding)
 
 
 def _check_geometry(input, kernel, stride, padding) -> None:
@@ -124,22 +130,30 @@ def _output_shape(shape, kernel, stride, padding) -> tuple:
     return *shape[:-2], *((n + 2 * pad - size) // step + 1 for n, size, step, pad in extents)
 
 
+# vmap over a jvp wants the arguments of a Function to be tensors and numbers, not pairs: the three
+# below take the kernel's, stride's and padding's heights and widths, then the input's.
+
+
+def _pairs(sizes) -> tuple[tuple[int, int], ...]:
+    """kernel, stride and padding."""
+    return sizes[0:2], sizes[2:4], sizes[4:6]
+
+
 @differentiable
 class _relu_max_pool2d:
     """d out = d input at each window's maximum if that is above 0, else 0."""
 
     @staticmethod
-    def forward(raw, input, kernel, stride, padding):
-        return raw.relu_max_pool2d_forward(input, kernel, stride, padding)
+    def forward(raw, input, *sizes):
+        return raw.relu_max_pool2d_forward(input, *_pairs(sizes))
 
     @staticmethod
     def save(inputs, outputs):
-        height, width = inputs[0].shape[-2:]
-        return outputs[1:], (*inputs[1:], height, width)
+        return outputs[1:], inputs[1:]
 
     @staticmethod
     def backward(raw, tensors, constants, needs, grad, _):
-        return _relu_max_pool2d_backward(raw, grad, *tensors, *constants), None, None, None
+        return _relu_max_pool2d_backward(raw, grad, *tensors, *constants), *(None,) * 8
 
     @staticmethod
     def jvp(raw, tensors, constants, tangent, *_):
@@ -151,8 +165,8 @@ class _relu_max_pool2d_backward:
     """Scatters each window's gradient to its maximum: linear in ``grad``, constant in ``index``."""
 
     @staticmethod
-    def forward(raw, grad, index, kernel, stride, padding, height, width):
-        return raw.relu_max_pool2d_backward(grad, index, kernel, stride, padding, height, width)
+    def forward(raw, grad, index, *sizes):
+        return raw.relu_max_pool2d_backward(grad, index, *_pairs(sizes), *sizes[6:])
 
     @staticmethod
     def save(inputs, outputs):
@@ -160,7 +174,7 @@ class _relu_max_pool2d_backward:
 
     @staticmethod
     def backward(raw, tensors, constants, needs, grad):
-        return _relu_max_pool2d_gather(raw, grad, *tensors, *constants), *(None,) * 6
+        return _relu_max_pool2d_gather(raw, grad, *tensors, *constants), *(None,) * 9
 
     @staticmethod
     def jvp(raw, tensors, constants, tangent, *_):
@@ -172,8 +186,8 @@ class _relu_max_pool2d_gather:
     """Gathers the element at each window's maximum: the transpose of ``backward``."""
 
     @staticmethod
-    def forward(raw, input, index, kernel, stride, padding, height, width):
-        return raw.relu_max_pool2d_gather(input, index, kernel, stride, padding)
+    def forward(raw, input, index, *sizes):
+        return raw.relu_max_pool2d_gather(input, index, *_pairs(sizes))
 
     @staticmethod
     def save(inputs, outputs):
@@ -181,7 +195,7 @@ class _relu_max_pool2d_gather:
 
     @staticmethod
     def backward(raw, tensors, constants, needs, grad):
-        return _relu_max_pool2d_backward(raw, grad, *tensors, *constants), *(None,) * 6
+        return _relu_max_pool2d_backward(raw, grad, *tensors, *constants), *(None,) * 9
 
     @staticmethod
     def jvp(raw, tensors, constants, tangent, *_):
@@ -195,12 +209,7 @@ def _fake_forward(input, kernel_size, stride, padding):
 
 def _raw_forward_samples(device, dtype) -> Iterator[tuple]:
     for sample in sample_inputs(device, dtype):
-        input, kernel_size, stride, padding = (*sample.args, None, 0)[:4]
-        if len(sample.args) == 3:
-            padding = 0
-        kernel = _pair("kernel_size", kernel_size)
-        stride = kernel if stride is None else _pair("stride", stride)
-        yield input.detach(), kernel, stride, _pair("padding", padding)
+        yield sample.args[0].detach(), *_geometry(*sample.args[1:])
 
 
 def _random_index(shape, elements: int, device) -> torch.Tensor:
@@ -312,8 +321,7 @@ def error_inputs(device) -> Iterator[ErrorInput]:
 
 def reduction_length(input, kernel_size, stride=None, padding=0) -> int:
     """How many windows an element may be the maximum of."""
-    kernel = _pair("kernel_size", kernel_size)
-    stride = kernel if stride is None else _pair("stride", stride)
+    kernel, stride, _ = _geometry(kernel_size, stride, padding)
     return math.prod(-(-size // step) for size, step in zip(kernel, stride, strict=True))
 
 

@@ -91,6 +91,7 @@ _SHARED = {
     "reduce": "mse_loss",
     "reduction": "mse_loss",
     "autograd": "mse_loss",
+    "pooling": "relu_max_pool2d",
     "checks": "sgd_step",
     "nn": "test_nn",
     "backends": "test_backends",
