@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ._elementwise import WARPS, block_size, rounded, widen
-from ._limits import BYTES_IN_FLIGHT, Limits, limits, registers_for
-from ._registration import expect, expect_floating, raw_op, wrap_triton
+from ._elementwise import WARPS, rounded, widen
+from ._limits import Limits, limits, registers_for
+from ._registration import INTERPRETED, expect, expect_floating, raw_op, wrap_triton
 
 NOWHERE = 255
 MOST_UNROLLED = 16  # elements of a window, or windows over an element
@@ -24,19 +24,27 @@ _NOWHERE = tl.constexpr(NOWHERE)
 _MOST_UNROLLED = tl.constexpr(MOST_UNROLLED)
 
 
+def block_size(n):
+    """Results per program: four for each thread. The interpreter, which runs the programs one after
+    the other in NumPy, takes as many as it can at once."""
+    return min(triton.next_power_of_2(n), 1 << 16) if INTERPRETED else 4 * 32 * WARPS
+
+
 def _pooling_limits(specialised, loaded, out):
-    """Element by element: neighbouring threads, not one thread, take what lies side by side."""
+    """Element by element: neighbouring threads, not one thread, take what lies side by side.
+
+    A thread stores its four results at once where the last program has no odd end. shared_bytes:
+    float64 results change threads on their way to that. registers: 48 to 52 with windows of 2 x 2;
+    16 elements in flight for each of four results take more.
+    """
+    itemsize = specialised.itemsize(out)
+    whole = specialised.aligned(out, "n")
     return Limits(
-        registers=registers_for(programs_in_flight(specialised, loaded), specialised.threads),
-        load_bytes=1,
-        store_bytes=specialised.itemsize(out),
+        registers=registers_for(4, specialised.threads),
+        load_bytes=specialised.itemsize(loaded),
+        store_bytes=min(4 * itemsize, 16) if whole else itemsize,
+        shared_bytes=specialised.constants["BLOCK"] * itemsize,
     )
-
-
-def programs_in_flight(specialised, loaded):
-    """Programs that keep the memory busy, each with one result's operands in flight per element."""
-    bytes_of_program = specialised.constants["BLOCK"] * specialised.itemsize(loaded)
-    return max(1, -(-BYTES_IN_FLIGHT // bytes_of_program))
 
 
 @triton.jit
@@ -47,13 +55,13 @@ def _offer(
     y = top + position // KERNEL_WIDTH
     x = left + position % KERNEL_WIDTH
     there = inside & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    value = widen(tl.load(plane + y * width + x, mask=there, other=-1))
+    value = widen(tl.load(plane + (y.to(tl.int64) * width + x), mask=there, other=-1))
     value = tl.where(value < 0, 0, value)
     wins = there & ((value > best) | (value != value))
     return tl.where(wins, value, best), tl.where(wins, position, winner)
 
 
-@limits(lambda specialised: _pooling_limits(specialised, "input", "index"))
+@limits(lambda specialised: _pooling_limits(specialised, "input", "out"))
 @triton.jit
 def _relu_max_pool2d_forward_kernel(
     input,
@@ -75,8 +83,8 @@ def _relu_max_pool2d_forward_kernel(
     window = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = window < n
     row = window // out_width
-    top = row % out_height * STRIDE_HEIGHT - PADDING_HEIGHT
-    left = window % out_width * STRIDE_WIDTH - PADDING_WIDTH
+    top = (row % out_height).to(tl.int32) * STRIDE_HEIGHT - PADDING_HEIGHT
+    left = (window % out_width).to(tl.int32) * STRIDE_WIDTH - PADDING_WIDTH
     plane = input + row // out_height * height * width
     ELEMENTS: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
     best = widen(tl.full((BLOCK,), -1, input.dtype.element_ty))
@@ -103,7 +111,7 @@ def _gradient_of_window(
     """The gradient of one window each, 0 where the element (y, x) of it is not its maximum."""
     there = (row >= 0) & (row < out_height) & (column >= 0) & (column < out_width)
     there = inside & there & (y < KERNEL_HEIGHT) & (x < KERNEL_WIDTH)
-    window = plane + row * out_width + column
+    window = plane + (row.to(tl.int64) * out_width + column)
     position = tl.load(index + window, mask=there, other=_NOWHERE)
     chosen = there & (position == y * KERNEL_WIDTH + x)
     return tl.where(chosen, widen(tl.load(grad + window, mask=there, other=0)), 0)
@@ -131,8 +139,8 @@ def _relu_max_pool2d_backward_kernel(
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = element < n
     line = element // width
-    y = line % height + PADDING_HEIGHT
-    x = element % width + PADDING_WIDTH
+    y = (line % height).to(tl.int32) + PADDING_HEIGHT
+    x = (element % width).to(tl.int32) + PADDING_WIDTH
     plane = line // height * out_height * out_width
     # Of the windows that may contain an element, the last one is known; ROWS x COLUMNS may.
     ROWS: tl.constexpr = (KERNEL_HEIGHT + STRIDE_HEIGHT - 1) // STRIDE_HEIGHT
@@ -232,7 +240,7 @@ def relu_max_pool2d_forward(input, kernel_size, stride, padding):
     index = out.new_empty(out.shape, dtype=torch.uint8)
     n = out.numel()
     if n:
-        block = block_size(n, input.element_size())
+        block = block_size(n)
         wrap_triton(_relu_max_pool2d_forward_kernel)[(triton.cdiv(n, block),)](
             input.contiguous(),
             out,
@@ -260,7 +268,7 @@ def relu_max_pool2d_backward(grad, index, kernel_size, stride, padding, height, 
     grad_input = grad.new_empty(shape)
     n = grad_input.numel()
     if n:
-        block = block_size(n, grad.element_size())
+        block = block_size(n)
         wrap_triton(_relu_max_pool2d_backward_kernel)[(triton.cdiv(n, block),)](
             grad.contiguous(),
             index.contiguous(),
@@ -286,7 +294,7 @@ def relu_max_pool2d_gather(input, index, kernel_size, stride, padding):
     out = input.new_empty(index.shape)
     n = out.numel()
     if n:
-        block = block_size(n, input.element_size())
+        block = block_size(n)
         wrap_triton(_relu_max_pool2d_gather_kernel)[(triton.cdiv(n, block),)](
             input.contiguous(),
             index.contiguous(),

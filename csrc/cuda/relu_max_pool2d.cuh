@@ -113,17 +113,18 @@ __global__ void __launch_bounds__(ELEMENTWISE_THREADS)
     const int64_t line = element / p.width;
     const int64_t y = line % p.height + p.padding_height;
     const int64_t x = element % p.width + p.padding_width;
-    const int64_t plane = line / p.height * p.out_height * p.out_width;
-    const int64_t rows = std::min(y / p.stride_height + 1, p.out_height);
-    const int64_t columns = std::min(x / p.stride_width + 1, p.out_width);
+    const int64_t first_row = first_window(y, p.kernel_height, p.stride_height);
     const int64_t first_column = first_window(x, p.kernel_width, p.stride_width);
+    const int64_t plane = line / p.height * p.out_height;
     Accumulate<T> sum = 0;
-    for (int64_t row = first_window(y, p.kernel_height, p.stride_height); row < rows; ++row) {
-      for (int64_t column = first_column; column < columns; ++column) {
-        const int64_t position =
-            (y - row * p.stride_height) * p.kernel_width + x - column * p.stride_width;
-        const int64_t window = plane + row * p.out_width + column;
-        if (index[window] == position) sum += to_accumulate(grad[window]);
+    for (int64_t row = first_row; row < p.out_height && row * p.stride_height <= y; ++row) {
+      const int64_t windows = (plane + row) * p.out_width;
+      const int64_t position = (y - row * p.stride_height) * p.kernel_width + x;
+      for (int64_t column = first_column; column < p.out_width && column * p.stride_width <= x;
+           ++column) {
+        if (index[windows + column] == position - column * p.stride_width) {
+          sum += to_accumulate(grad[windows + column]);
+        }
       }
     }
     grad_input[element] = from_accumulate<T>(sum);
