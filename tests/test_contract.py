@@ -48,6 +48,66 @@ def test_relu_accepts_integers(dtype, backend, device):
 
 
 @pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+@pytest.mark.parametrize("dtype", registry.FLOATING_DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("sizes", [(2,), (3, 1, 1), ((2, 3), 2)], ids=["2x2", "dense", "2x3"])
+def test_relu_max_pool2d_picks_the_winners_of_pytorchs_cpu_kernel(sizes, dtype, backend, device):
+    """Among ties, NaNs, infinities and zeros of either sign; each window has its own gradient."""
+    nan, inf = float("nan"), float("inf")
+    values = torch.tensor([nan, nan, inf, -inf, 0.0, -0.0, 1.0, 1.0, 2.0, -1.0], dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    x = values[torch.randint(len(values), (3, 4, 9, 24), generator=generator)]
+    ours, theirs = x.to(device, copy=True).requires_grad_(), x.clone().requires_grad_()
+    out, expected = (
+        P.relu_max_pool2d(ours, *sizes, backend=backend),
+        F.max_pool2d(F.relu(theirs), *sizes),
+    )
+    assert torch.equal(out.cpu().nan_to_num(7.0), expected.nan_to_num(7.0))
+    assert torch.equal(out.isnan().cpu(), expected.isnan())
+    numbers = ~expected.isnan()
+    assert torch.equal(out.cpu()[numbers].signbit(), expected[numbers].signbit())
+    # Small integers, so that sums are exact in every dtype.
+    grad = (torch.arange(out.numel()) % 13 + 1).to(dtype).view(out.shape)
+    out.backward(grad.to(device))
+    expected.backward(grad)
+    assert torch.equal(ours.grad.cpu(), theirs.grad)
+    assert ours.grad.any() and not ours.grad.cpu()[x <= 0].any()
+
+
+@pytest.mark.parametrize(("backend", "device"), configurations(include_eager=True))
+@pytest.mark.parametrize("shape", [(2, 3, 6, 8), (3, 6, 8), (0, 3, 6, 8)], ids=str)
+def test_relu_max_pool2d_takes_batches_and_planes_and_returns_them_contiguous(
+    shape, backend, device
+):
+    x = torch.randn(shape, device=device)
+    if x.dim() == 4:
+        x = x.to(memory_format=torch.channels_last)
+    out = P.relu_max_pool2d(x, 2, backend=backend)
+    assert out.shape == (*shape[:-2], 3, 4) and out.is_contiguous()
+    torch.testing.assert_close(out, F.max_pool2d(F.relu(x), 2), rtol=0, atol=0)
+    assert torch.equal(out, P.relu_max_pool2d(x, [2, 2], (2,), backend=backend))
+
+
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+def test_relu_max_pool2d_saves_a_byte_for_each_window(backend, device):
+    x = torch.randn(2, 3, 8, 8, device=device, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        P.relu_max_pool2d(x, 2, backend=backend)
+    (index,) = saved
+    assert index.dtype == torch.uint8 and index.numel() == x.numel() // 4
+
+
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+def test_relu_max_pool2d_gathers_nothing_from_beyond_a_plane(backend, device):
+    """Positions that no forward writes: of padding, of rows below the input, of no window."""
+    raw = BACKENDS[backend].raw
+    x = torch.ones(1, 3, 3, device=device)
+    index = torch.tensor([[[0, 8], [254, 255]]], dtype=torch.uint8, device=device)
+    out = raw.relu_max_pool2d_gather(x, index, (3, 3), (2, 2), (1, 1))
+    assert out.tolist() == [[[0, 0], [0, 0]]]
+
+
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_mse_loss_promotes_and_broadcasts_as_pytorch(reduction, backend, device):
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8)

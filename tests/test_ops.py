@@ -179,6 +179,18 @@ def test_large_outputs_are_what_their_parts_are(dtype):
         loss = registry.get("mse_loss").function(x, target, "sum", backend="extension")
         yield from torch.autograd.grad(loss, x)
 
+    def pooled(planes, grad):
+        planes = planes.clone().requires_grad_()
+        out = registry.get("relu_max_pool2d").function(planes, 2, backend="extension")
+        return out, *torch.autograd.grad(out, planes, grad)
+
+    planes = x[: len(x) // 1071 * 1071].view(-1, 51, 21)
+    windows = grad[: len(planes) * 250].view(-1, 25, 10)
+    whole_pool = pooled(planes, windows)
+    parts_pool = zip(*map(pooled, planes.split(999), windows.split(999)), strict=True)
+    for each, part in zip(whole_pool, parts_pool, strict=True):
+        assert torch.equal(each, torch.cat(part))
+
     whole = results(x, target, grad)
     pieces = zip(*(each.split(2**18) for each in (x, target, grad)), strict=True)
     parts = zip(*(results(*piece) for piece in pieces), strict=True)

@@ -172,6 +172,9 @@ def test_raw_ops_refuse_what_would_read_out_of_bounds(device):
         "y": lambda: raw.two_layer_sgd_step(x, y[:4], w1, w2, 0.1),
         "target": lambda: raw.mse_loss_forward(x, x[:4], 1),
         "grad": lambda: raw.relu_backward(x[:4], x),
+        "relu_max_pool2d_backward: grad": lambda: raw.relu_max_pool2d_backward(
+            x, x.byte(), (2, 2), (2, 2), (0, 0), 10, 9
+        ),
     }.items():
         with pytest.raises(RuntimeError, match=f"{name}: expected shape"):
             call()
