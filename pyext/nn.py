@@ -76,8 +76,33 @@ class Dropout(nn.Dropout):
         return _join(super().extra_repr(), f"backend={self.backend!r}")
 
 
-class ReLUMaxPool2d(nn.Module):
-    """`torch.nn.ReLU` and `torch.nn.MaxPool2d` as one op, `pyext.functional.relu_max_pool2d`.
+class MSELoss(nn.MSELoss):
+    """`torch.nn.MSELoss` over `pyext.functional.mse_loss`.
+
+    Shape: input and target alike, or broadcastable as in PyTorch (with its warning); the result is
+    0-d for `reduction="mean"` and `"sum"`, of the inputs' shape for `"none"`.
+
+    Raises:
+        ValueError: an unknown reduction, when it is called (as in PyTorch).
+    """
+
+    def __init__(self, reduction: str = "mean", backend: str | None = None) -> None:
+        super().__init__(reduction=reduction)
+        self.backend = backend
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.mse_loss(input, target, self.reduction, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}, backend={self.backend!r}"
+
+
+class ReLUMaxPool2d(nn.Sequential):
+    """ReLU → MaxPool2d as one op, `pyext.functional.relu_max_pool2d`.
+
+    It *is* the `nn.Sequential` of its two modules; as soon as one of them is more than its sizes
+    (it has a hook, was replaced, or pools in a way that the op does not), they run one after the
+    other.
 
     Shape: input (N, C, H, W) or (C, H, W); the result has ⌊(H + 2 padding - kernel) / stride⌋ + 1
     rows, likewise columns, and the input's dtype.
@@ -98,43 +123,23 @@ class ReLUMaxPool2d(nn.Module):
         padding: int | tuple[int, int] = 0,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
-        self.kernel_size = kernel_size
-        self.stride = kernel_size if stride is None else stride
-        self.padding = padding
+        super().__init__(ReLU(backend=backend), nn.MaxPool2d(kernel_size, stride, padding))
         self.backend = backend
 
     def forward(self, input: Tensor) -> Tensor:
+        if _why_not_fusable(self, ReLUMaxPool2d) is not None:
+            return super().forward(input)
+        _, pool = self
         return functional.relu_max_pool2d(
-            input, self.kernel_size, self.stride, self.padding, backend=self.backend
+            input, pool.kernel_size, pool.stride, pool.padding, backend=self.backend
         )
 
-    def extra_repr(self) -> str:
-        return (
-            f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
-            f"backend={self.backend!r}"
-        )
-
-
-class MSELoss(nn.MSELoss):
-    """`torch.nn.MSELoss` over `pyext.functional.mse_loss`.
-
-    Shape: input and target alike, or broadcastable as in PyTorch (with its warning); the result is
-    0-d for `reduction="mean"` and `"sum"`, of the inputs' shape for `"none"`.
-
-    Raises:
-        ValueError: an unknown reduction, when it is called (as in PyTorch).
-    """
-
-    def __init__(self, reduction: str = "mean", backend: str | None = None) -> None:
-        super().__init__(reduction=reduction)
-        self.backend = backend
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return functional.mse_loss(input, target, self.reduction, backend=self.backend)
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        """A module, or for a slice an `nn.Sequential` of some."""
+        return _plain_sequential(self, index)
 
     def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}, backend={self.backend!r}"
+        return f"backend={self.backend!r}"
 
 
 class TwoLayerNet(nn.Sequential):
@@ -169,7 +174,7 @@ class TwoLayerNet(nn.Sequential):
         self.backend = backend
 
     def forward(self, input: Tensor) -> Tensor:
-        if _why_not_fusable(self) is not None:
+        if _why_not_fusable(self, TwoLayerNet) is not None:
             return super().forward(input)
         first, _, last = self
         return functional.two_layer(
@@ -177,13 +182,18 @@ class TwoLayerNet(nn.Sequential):
         )
 
     def __getitem__(self, index: int | slice) -> nn.Module:
-        """A module, or for a slice an `nn.Sequential` of some, which is no network of this kind."""
-        if isinstance(index, slice):
-            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
-        return super().__getitem__(index)
+        """A module, or for a slice an `nn.Sequential` of some."""
+        return _plain_sequential(self, index)
 
     def extra_repr(self) -> str:
         return f"backend={self.backend!r}"
+
+
+def _plain_sequential(sequential: nn.Sequential, index: int | slice) -> nn.Module:
+    """`sequential[index]`; a slice is no fused op any more."""
+    if isinstance(index, slice):
+        return nn.Sequential(OrderedDict(list(sequential._modules.items())[index]))
+    return nn.Sequential.__getitem__(sequential, index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,8 +241,9 @@ def swap(model: nn.Module, backend: str | None) -> SwapRecord:
     """Makes the modules of `model` that the lab has an op for run on `backend`; says which.
 
     Changed are `nn.ReLU`, `nn.Dropout`, `nn.MSELoss` and `nn.Sequential` of exactly Linear, ReLU,
-    Linear (which becomes a `TwoLayerNet`), wherever they are in the model, the model itself
-    included. Modules that are the lab's already change their backend.
+    Linear (which becomes a `TwoLayerNet`) or of exactly ReLU, MaxPool2d (`ReLUMaxPool2d`), wherever
+    they are in the model, the model itself included. Modules that are the lab's already change
+    their backend.
 
     Nothing is rebuilt: a module keeps its identity and changes its class. So parameters (and the
     optimizers that hold them), hooks and their handles, the training flag, names and every other
@@ -280,7 +291,13 @@ def swap(model: nn.Module, backend: str | None) -> SwapRecord:
     return SwapRecord(model, backend, tuple(replaced), tuple(left))
 
 
-_OPS = {ReLU: "relu", Dropout: "dropout", MSELoss: "mse_loss", TwoLayerNet: "two_layer"}
+_OPS = {
+    ReLU: "relu",
+    Dropout: "dropout",
+    MSELoss: "mse_loss",
+    TwoLayerNet: "two_layer",
+    ReLUMaxPool2d: "relu_max_pool2d",
+}
 
 
 def _target(module: nn.Module) -> type[nn.Module] | None:
@@ -289,9 +306,12 @@ def _target(module: nn.Module) -> type[nn.Module] | None:
         if isinstance(module, target.__base__):
             return target
     if isinstance(module, nn.Sequential):
-        kinds = (nn.Linear, nn.ReLU, nn.Linear)
-        if len(module) == len(kinds) and all(map(isinstance, module, kinds)):
-            return TwoLayerNet
+        for target, kinds in _FUSABLE.items():
+            inner = tuple(module._modules.values())
+            if len(inner) == len(kinds) and all(
+                map(isinstance, inner, (each[0] for each in kinds))
+            ):
+                return target
     return None
 
 
@@ -301,17 +321,25 @@ def _why_not(module: nn.Module, target: type[nn.Module]) -> str | None:
         return f"{type(module).__name__} is a subclass of {_qualified(target.__base__)}"
     if "forward" in vars(module):
         return "its forward was replaced by hand"
-    if target is TwoLayerNet and type(module) is not target:
-        return _why_not_fusable(module)
+    if target in _FUSABLE and type(module) is not target:
+        return _why_not_fusable(module, target)
     return None
 
 
-def _why_not_fusable(sequential: nn.Sequential) -> str | None:
-    """Why Linear, ReLU, Linear must run one by one, or None if only their weights matter."""
+# Module -> the modules that it fuses, each as it may be written.
+_FUSABLE = {
+    TwoLayerNet: ((nn.Linear,), (nn.ReLU, ReLU), (nn.Linear,)),
+    ReLUMaxPool2d: ((nn.ReLU, ReLU), (nn.MaxPool2d,)),
+}
+
+
+def _why_not_fusable(sequential: nn.Sequential, target: type[nn.Module]) -> str | None:
+    """Why a Sequential's modules must run one by one, or None if the fused op does the same."""
     modules = tuple(sequential._modules.values())
-    if len(modules) != 3:
-        return f"it has {len(modules)} modules instead of 3"
-    for module, kinds in zip(modules, _FUSABLE, strict=True):
+    expected = _FUSABLE[target]
+    if len(modules) != len(expected):
+        return f"it has {len(modules)} modules instead of {len(expected)}"
+    for module, kinds in zip(modules, expected, strict=True):
         if type(module) not in kinds:
             return f"{type(module).__name__} is not exactly torch.nn.{kinds[0].__name__}"
         if (
@@ -323,10 +351,15 @@ def _why_not_fusable(sequential: nn.Sequential) -> str | None:
             return f"its {type(module).__name__} has hooks"
         if "forward" in module.__dict__:
             return f"the forward of its {type(module).__name__} was replaced by hand"
+    return _why_not_poolable(*modules) if target is ReLUMaxPool2d else None
+
+
+def _why_not_poolable(relu: nn.ReLU, pool: nn.MaxPool2d) -> str | None:
+    if relu.inplace:  # others may read the rectified input
+        return "its ReLU is inplace"
+    if pool.dilation not in (1, (1, 1)) or pool.ceil_mode or pool.return_indices:
+        return "its MaxPool2d has a dilation, ceil_mode or return_indices"
     return None
-
-
-_FUSABLE = ((nn.Linear,), (nn.ReLU, ReLU), (nn.Linear,))
 
 
 def _note(module: nn.Module, target: type[nn.Module]) -> str:

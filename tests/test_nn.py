@@ -124,6 +124,46 @@ def test_relu_max_pool2d_computes_torch_nns(backend, sizes):
     torch.testing.assert_close(ours.grad, theirs.grad)
     assert f"kernel_size={sizes[0]}" in repr(pool) and repr(backend) in repr(pool)
     assert repr(pickle.loads(pickle.dumps(pool))) == repr(pool)
+    assert type(pool[:1]) is nn.Sequential and type(pool[1]) is nn.MaxPool2d
+
+
+def test_relu_and_max_pool_in_a_sequential_become_one_op(backend, monkeypatch):
+    calls = []
+    op = lab.functional.relu_max_pool2d
+    monkeypatch.setattr(
+        lab.functional, "relu_max_pool2d", lambda *args, **kw: calls.append(1) or op(*args, **kw)
+    )
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)))
+    model.double()
+    x = torch.randn(2, 1, 8, 8, **DOUBLE)
+    expected = model(x)
+    record = lab.swap(model, backend)
+    assert type(model[1]) is lab.ReLUMaxPool2d and [entry.names for entry in record] == [
+        ("1",),
+        ("1.0",),
+    ]
+    torch.testing.assert_close(model(x), expected)
+    assert calls == [1]
+    handle = model[1][0].register_forward_hook(lambda module, args, output: output + 1)
+    torch.testing.assert_close(model(x), expected + 1)
+    handle.remove()
+    assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    ("relu", "pool", "why"),
+    [
+        (nn.ReLU(inplace=True), nn.MaxPool2d(2), "its ReLU is inplace"),
+        (nn.ReLU(), nn.MaxPool2d(2, dilation=2), "a dilation"),
+        (nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True), "ceil_mode"),
+        (nn.ReLU(), nn.MaxPool2d(2, return_indices=True), "return_indices"),
+    ],
+)
+def test_pooling_that_the_op_does_not_do_stays(backend, relu, pool, why):
+    model = nn.Sequential(relu, pool)
+    record = lab.swap(model, backend)
+    assert type(model) is nn.Sequential and type(model[0]) is lab.ReLU
+    assert len(record) == 1 and why in record.left[0].note
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])

@@ -181,8 +181,8 @@ def test_side_by_side_ends_when_all_reach_the_target(loaded):
 def test_the_share_names_the_swapped_ops(loaded):
     cnn = compare.measure_share("mnist_cnn", loaded, steps=2, batch_size=8)
     mlp = compare.measure_share("mnist_mlp", loaded, steps=2, batch_size=8)
-    assert cnn.op_s.keys() == {"relu", "dropout"}
-    assert mlp.op_s.keys() == {"relu", "mse_loss", "two_layer"}
+    assert cnn.op_s.keys() == {"relu", "dropout", "relu_max_pool2d", "adadelta_step"}
+    assert mlp.op_s.keys() == {"relu", "mse_loss", "two_layer", "adadelta_step"}
     for share in (cnn, mlp):
         assert all(0 < seconds < share.step_s for seconds in share.op_s.values())
         assert share.share == pytest.approx(sum(share.op_s.values()) / share.step_s)

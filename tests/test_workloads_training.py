@@ -10,7 +10,7 @@ import workload_data as tiny
 from torch import nn
 from torch.nn import functional as F
 
-from pyext import train
+from pyext import optim, train
 from pyext.backends import BACKENDS, backends
 from pyext.workloads import data, engine, mnist_cnn, mnist_mlp, two_layer
 from pyext.workloads.engine import HyperParameters
@@ -163,6 +163,17 @@ def test_testing_changes_nothing_and_counts_right(loaded):
     assert result.loss == pytest.approx(F.nll_loss(output, loaded.test_labels).item())
     right = (output.argmax(1) == loaded.test_labels).double().mean().item()
     assert result.accuracy == pytest.approx(right)
+
+
+def test_the_cnn_swaps_every_op(loaded):
+    name = backends()[0]
+    training = mnist_cnn.prepare(HYPER, loaded, backend=name)
+    if name == "eager":
+        pytest.skip("only eager is available here")
+    kinds = {entry.now for record in training.swapped for entry in record}
+    assert kinds == {"pyext.nn.ReLU", "pyext.nn.ReLUMaxPool2d", "pyext.nn.Dropout"}
+    assert type(training.optimizer) is optim.Adadelta
+    assert training.optimizer.backend == name
 
 
 def test_the_mlp_learns_and_swaps_every_op(loaded):

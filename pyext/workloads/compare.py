@@ -537,6 +537,12 @@ _EVENTS = {
         ("aten::dropout", *(f"{_BACKWARD}{name}Backward0" for name in ("NativeDropout", "Mul"))),
     ),
     nn.MSELoss: ("mse_loss", ("aten::mse_loss", f"{_BACKWARD}MseLossBackward0")),
+    # (Its ReLU is counted with the others.)
+    nn.MaxPool2d: (
+        "relu_max_pool2d",
+        ("aten::max_pool2d", f"{_BACKWARD}MaxPool2DWithIndicesBackward0"),
+    ),
+    torch.optim.Adadelta: ("adadelta_step", ("Optimizer.step#Adadelta.step",)),
     nn.Linear: (
         "two_layer",
         ("aten::linear", *(f"{_BACKWARD}{name}Backward0" for name in ("Addmm", "T", "Linear"))),
@@ -549,7 +555,8 @@ def _swapped_events(training: Training) -> dict[str, tuple[str, ...]]:
     kinds = {
         type(module) for root in (training.model, training.criterion) for module in root.modules()
     }
-    kinds &= {nn.ReLU, nn.Dropout, nn.MSELoss}
+    kinds &= {nn.ReLU, nn.Dropout, nn.MSELoss, nn.MaxPool2d}
+    kinds.add(type(training.optimizer))
     fused = [m for m in training.model.modules() if type(m) is nn.Sequential and len(m) == 3]
     if fused:
         kinds.add(nn.Linear)

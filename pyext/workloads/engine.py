@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pyext.nn import SwapRecord
+from pyext.optim import Adadelta
 from pyext.workloads.data import Data
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "HyperParameters",
     "TestResult",
     "Training",
+    "adadelta",
     "load_checkpoint",
     "run",
     "save_checkpoint",
@@ -228,6 +230,13 @@ class Training:
         self.loss_sum.copy_(state["loss_sum"])
         self.tests = [TestResult(**result) for result in state["tests"]]
         _set_rng_state(state["rng"])
+
+
+def adadelta(model: nn.Module, hyper: HyperParameters, backend: str) -> torch.optim.Adadelta:
+    """`torch.optim.Adadelta` for `eager`, else `pyext.optim.Adadelta`: one pass over a weight."""
+    if backend == "eager":
+        return torch.optim.Adadelta(model.parameters(), lr=hyper.lr)
+    return Adadelta(model.parameters(), lr=hyper.lr, backend=backend)
 
 
 def run(

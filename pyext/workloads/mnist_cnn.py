@@ -36,8 +36,7 @@ class MnistCNN(nn.Module):
         self.conv1 = nn.Conv2d(1, 32, 3)
         self.relu1 = nn.ReLU()
         self.conv2 = nn.Conv2d(32, 64, 3)
-        self.relu2 = nn.ReLU()
-        self.pool = nn.MaxPool2d(2)
+        self.relu2_pool = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))
         self.dropout1 = nn.Dropout(0.25)
         self.fc1 = nn.Linear(9216, 128)
         self.relu3 = nn.ReLU()
@@ -46,8 +45,8 @@ class MnistCNN(nn.Module):
         self.log_softmax = nn.LogSoftmax(dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.relu2(self.conv2(self.relu1(self.conv1(images))))
-        features = self.dropout1(self.pool(features)).flatten(1)
+        features = self.relu2_pool(self.conv2(self.relu1(self.conv1(images))))
+        features = self.dropout1(features).flatten(1)
         hidden = self.dropout2(self.relu3(self.fc1(features)))
         return self.log_softmax(self.fc2(hidden))
 
@@ -62,8 +61,8 @@ def prepare(
 ) -> Training:
     """Steps 3 to 5: everything ready for the first step.
 
-    `backend="eager"` leaves the model as it is: `torch.nn`'s own modules. The same seed gives the
-    same weights with every backend, device and dtype.
+    `backend="eager"` leaves everything as it is: `torch.nn`'s modules, `torch.optim`'s optimizer.
+    The same seed gives the same weights with every backend, device and dtype.
 
     Raises:
         ValueError, RuntimeError: as `pyext.nn.swap` does for the backend.
@@ -75,7 +74,7 @@ def prepare(
 
     # 4. Loss and optimizer.
     criterion = nn.NLLLoss()
-    optimizer = torch.optim.Adadelta(model.parameters(), lr=hyper.lr)
+    optimizer = engine.adadelta(model, hyper, backend)
 
     # 5. Scheduler: the learning rate after each epoch.
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=hyper.gamma)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyext.nn import swap
+from pyext.workloads import engine
 from pyext.workloads.data import Data
 from pyext.workloads.engine import HyperParameters, Training
 
@@ -39,7 +40,7 @@ def prepare(
     swapped = ()
     if backend != "eager":
         swapped = (swap(model, backend), swap(criterion, backend))
-    optimizer = torch.optim.Adadelta(model.parameters(), lr=hyper.lr)
+    optimizer = engine.adadelta(model, hyper, backend)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=hyper.gamma)
     target = functools.partial(_one_hot, dtype=dtype)
     return Training(
