@@ -14,24 +14,30 @@ import triton
 import triton.language as tl
 
 from ._elementwise import WARPS, block_size, elementwise_limits, laid_out_like, rounded, widen
-from ._limits import limits
+from ._limits import limits, registers_for
 from ._registration import raw_op, wrap_triton
 
 
 @triton.jit
-def _kept(value, bits, threshold, scale_bits):
+def _scaled(value, kept, scale_bits):
     """A float argument would be rounded to float32: scale travels as the bits of a float64."""
     wide = widen(value)
     scale = scale_bits.to(tl.int64).to(tl.float64, bitcast=True).to(wide.dtype)
-    # 64 bits, of which 2^32 is above all random bits.
-    return rounded(tl.where(bits.to(tl.int64) >= threshold, wide * scale, 0), value.dtype)
+    return rounded(tl.where(kept, wide * scale, 0), value.dtype)
 
 
 def _dropout_limits(specialised):
-    """16 bytes of float64 are half a block: the other half's bits pass through shared memory."""
+    """16 bytes of float64 are half a block: the other half's bits pass through shared memory. 16
+    bytes of 16 bits are two blocks, which with a masked tile take up to 80 registers on sm_80 (six
+    programs, 48 KiB in flight, where 2 TB/s over 108 multiprocessors need 19 KB).
+    """
     limits = elementwise_limits(specialised, ["x"], "out")
-    wide = specialised.itemsize("x") == 8
-    return limits._replace(shared_bytes=2 * specialised.constants["BLOCK"] if wide else 0)
+    itemsize = specialised.itemsize("x")
+    if itemsize == 8:
+        return limits._replace(shared_bytes=2 * specialised.constants["BLOCK"])
+    if itemsize == 2:
+        return limits._replace(registers=registers_for(6, specialised.threads))
+    return limits
 
 
 @limits(_dropout_limits)
@@ -44,14 +50,14 @@ def _dropout_kernel(x, seed, threshold, scale_bits, out, n, BLOCK: tl.constexpr)
     zero = tl.zeros_like(low)
     b0, b1, b2, b3 = tl.philox(tl.load(seed), low, high, zero, zero)
     bits = tl.interleave(tl.interleave(b0, b2), tl.interleave(b1, b3))
+    kept = bits.to(tl.int64) >= threshold  # which may be 2^32, above all bits
     # A mask that ends inside a 16-byte access would split them all: only the last tile has one.
     if start + BLOCK <= n:
-        kept = _kept(tl.load(x + offsets), bits, threshold, scale_bits)
-        tl.store(out + offsets, kept)
+        tl.store(out + offsets, _scaled(tl.load(x + offsets), kept, scale_bits))
     else:
         inside = offsets < n
-        kept = _kept(tl.load(x + offsets, mask=inside), bits, threshold, scale_bits)
-        tl.store(out + offsets, kept, mask=inside)
+        value = tl.load(x + offsets, mask=inside)
+        tl.store(out + offsets, _scaled(value, kept, scale_bits), mask=inside)
 
 
 @raw_op("(Tensor input, Tensor seed, int threshold, float scale) -> Tensor")
