@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support import configurations, dtype_id
+from support import configurations, dtype_id, with_visible_step
 
 import pyext.functional as P
 from pyext import registry
 from pyext.backends import BACKENDS
+from pyext.lab import check
 from pyext.ops.dropout import philox
 from pyext.ops.relu import INTEGER_DTYPES
 
@@ -385,29 +386,80 @@ def follow_the_hand_written_loop(dtype, steps, bound, backend, device):
         assert ((ours - theirs).norm() / theirs.norm()).item() < bound
 
 
-@pytest.mark.parametrize(("backend", "device"), WITH_EAGER)
-def test_sgd_step_bumps_versions_so_that_a_stale_graph_is_an_error(backend, device):
-    x, y, w1, w2 = (torch.randn(s, device=device) for s in ((5, 4), (5, 2), (4, 3), (3, 2)))
-    w1.requires_grad_()
-    out = (x @ w1).relu() @ w2.requires_grad_()
-    versions = w1._version, w2._version
-    loss = P.two_layer_sgd_step(x, y, w1, w2, 0.1, backend=backend)
-    assert w1._version > versions[0] and w2._version > versions[1]
-    assert not loss.requires_grad and w1.requires_grad and w1.is_leaf and w1.grad is None
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        out.sum().backward()
+STEPS = [pytest.param(op, id=op.name) for op in registry.ops().values() if op.is_step]
+
+
+def step_arguments(op, device):
+    shape = {1: (7,), 4: (5, 4, 3, 2)}[len(op.shape_names)]
+    generator = torch.Generator(device).manual_seed(0)
+    inputs = op.benchmark_inputs(shape, torch.float32, torch.device(device), generator)
+    return list(with_visible_step(op, inputs))
 
 
 @pytest.mark.parametrize(("backend", "device"), WITH_EAGER)
-def test_sgd_step_refuses_transforms_and_forward_ad(backend, device):
-    x, y, w1, w2 = (torch.randn(s, device=device) for s in ((5, 4), (5, 2), (4, 3), (3, 2)))
+@pytest.mark.parametrize("op", STEPS)
+def test_a_step_bumps_versions_so_that_a_stale_graph_is_an_error(op, backend, device):
+    args = step_arguments(op, device)
+    tensors = {f"arg_{i}": each for i, each in enumerate(args) if torch.is_tensor(each)}
+    graphs = {name: each.requires_grad_().square().sum() for name, each in tensors.items()}
+    versions = {name: each._version for name, each in tensors.items()}
+    loss = op.function(*args, backend=backend)
+    assert loss is None or not loss.requires_grad
+    for name, each in tensors.items():
+        assert each.requires_grad and each.is_leaf and each.grad is None
+        if name in check._mutated(op):
+            assert each._version > versions[name]
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                graphs[name].backward()
+        else:
+            assert each._version == versions[name]
+            graphs[name].backward()
 
-    def step(w1):
-        return P.two_layer_sgd_step(x, y, w1, w2, 0.1, backend=backend)
+
+@pytest.mark.parametrize(("backend", "device"), WITH_EAGER)
+@pytest.mark.parametrize("op", STEPS)
+def test_a_step_refuses_transforms_and_forward_ad(op, backend, device):
+    args = step_arguments(op, device)
+    position = min(int(name.removeprefix("arg_")) for name in check._mutated(op))
+    updated = args[position]
+
+    def step(value):
+        return op.function(*args[:position], value, *args[position + 1 :], backend=backend)
 
     with pytest.raises(RuntimeError, match="is a step op"):
-        torch.func.grad(step)(w1)
+        torch.func.grad(step)(updated)
     with pytest.raises(RuntimeError, match="is a step op"):
-        torch.func.vmap(step)(w1.expand(2, 4, 3).clone())
+        torch.func.vmap(step)(torch.stack([updated, updated]))
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="is a step op"):
-        step(torch.autograd.forward_ad.make_dual(w1, torch.ones_like(w1)))
+        step(torch.autograd.forward_ad.make_dual(updated, torch.ones_like(updated)))
+
+
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+def test_adadelta_step_computes_in_float32_and_its_rates_are_exact(backend, device):
+    """In bfloat16 only the results are rounded; in float64 no rate has passed through float32.
+
+    All terms of a result have one sign, so that nothing cancels: acc_delta, the longest chain, is
+    rounded up to 17 times on the way, and then once more when it is stored.
+    """
+    for dtype in registry.FLOATING_DTYPES:
+        values = torch.linspace(0.1, 3, 35, dtype=torch.float64, device=device)
+        ours = [(sign * values + i / 4).to(dtype) for i, sign in enumerate((1, -1, 1, 1))]
+        ours[1] -= 0.5
+        exact = [each.double() for each in ours]
+        for args, name in ((ours, backend), (exact, "eager")):
+            P.adadelta_step(*args, 0.3, 0.7, 1e-3, backend=name)
+        computed = torch.float64 if dtype == torch.float64 else torch.float32
+        rtol = torch.finfo(dtype).eps / 2 + 17 * torch.finfo(computed).eps / 2
+        for each, expected in zip(ours, exact, strict=True):
+            torch.testing.assert_close(each.double(), expected, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize(("backend", "device"), WITH_EAGER)
+def test_adadelta_step_is_the_same_under_autocast(backend, device):
+    plain, cast = ([torch.rand(9, device=device) for _ in range(4)] for _ in range(2))
+    for to, each in zip(cast, plain, strict=True):
+        to.copy_(each)
+    P.adadelta_step(*plain, backend=backend)
+    with torch.autocast(device, torch.bfloat16):
+        P.adadelta_step(*cast, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))

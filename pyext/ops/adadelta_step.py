@@ -120,11 +120,16 @@ def check_operands(param, grad, square_avg, acc_delta) -> None:
     """
     op = "adadelta_step"
     others = {"grad": grad, "square_avg": square_avg, "acc_delta": acc_delta}
-    _checks.same_device(op, param=param, **others)
-    for name, value in others.items():
-        _checks.shape(op, name, value, param.shape, "as 'param' has")
+    shape, dtype, device = param.shape, param.dtype, param.device
+    # What agrees is seen here: the calls would cost a small parameter's step 2 of 10 µs.
+    for each in (grad, square_avg, acc_delta):
+        if each.shape != shape or each.dtype != dtype or each.device != device:
+            _checks.same_device(op, param=param, **others)
+            for name, value in others.items():
+                _checks.shape(op, name, value, shape, "as 'param' has")
+            _checks.same_floating_dtype(op, param=param, **others)
+    _checks.floating_dtype(op, "param", dtype)
     _checks.no_transforms(op, param, grad, square_avg, acc_delta)
-    _checks.same_floating_dtype(op, param=param, **others)
     updated = {"param": param, "square_avg": square_avg, "acc_delta": acc_delta}
     _checks.updatable_in_place(op, updated, grad=grad)
 

@@ -101,7 +101,7 @@ _SHARED = {
 def first_of(mutant: Mutant) -> str:
     """A word in the names of the tests that come first."""
     stem = Path(mutant.path).stem.lstrip("_")
-    if stem.startswith(("relu", "mse_loss", "two_layer_")):
+    if stem.startswith(("adadelta_step", "relu", "mse_loss", "two_layer_")):
         return stem
     return _SHARED.get(stem, "two_layer")
 
