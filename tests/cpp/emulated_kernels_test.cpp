@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/cuda/adadelta_step.cuh"
 #include "../../csrc/cuda/relu.cuh"
 #include "../../csrc/cuda/two_layer_sgd_step.cuh"
 #include "emulated.h"
@@ -185,6 +186,46 @@ void test_relu_backward() {
         right &= same(to_double(grad_x[i]), expected);
       }
       expect(right && grad_x.surroundings_untouched(), "relu_backward, n " + std::to_string(n));
+    }
+  }
+}
+
+template <class T>
+void test_adadelta_step() {
+  const double lr = 0.5, rho = 0.75, eps = 0.125, weight_decay = 0.25;
+  for (const int64_t n : ELEMENT_COUNTS) {
+    for (const int offset : {0, 1}) {
+      Buffer<T> param(n, offset), grad(n), square_avg(n), acc_delta(n);
+      for (Buffer<T>* each : {&param, &grad, &square_avg, &acc_delta}) each->fill_normal();
+      std::vector<double> expected;
+      for (int64_t i = 0; i < n; ++i) {
+        square_avg[i] = from_double<T>(std::abs(to_double(square_avg[i])));
+        acc_delta[i] = from_double<T>(std::abs(to_double(acc_delta[i])));
+        const double g = to_double(grad[i]) + weight_decay * to_double(param[i]);
+        const double mean_square = rho * to_double(square_avg[i]) + (1 - rho) * g * g;
+        const double acc = to_double(acc_delta[i]);
+        const double delta = std::sqrt(acc + eps) / std::sqrt(mean_square + eps) * g;
+        expected.insert(expected.end(), {to_double(param[i]) - lr * delta, mean_square,
+                                         rho * acc + (1 - rho) * delta * delta});
+      }
+      adadelta_step<T>(param.data(), grad.data(), square_avg.data(), acc_delta.data(), n,
+                       adadelta_rates<Accumulate<T>>(lr, rho, eps, weight_decay), nullptr);
+      bool right = true;
+      for (int64_t i = 0; i < n; ++i) {
+        const double got[] = {to_double(param[i]), to_double(square_avg[i]),
+                              to_double(acc_delta[i])};
+        // 16 roundings in the type of the sums, of terms up to 8, and one on storing.
+        for (int j = 0; j < 3; ++j) {
+          const double value = expected[3 * i + j];
+          right &= std::abs(got[j] - value) <=
+                   16 * 8 * ROUNDING<Accumulate<T>> + 1.01 * ROUNDING<T> * std::abs(value) +
+                       (sizeof(T) == 2 ? 6e-8 : 0);
+        }
+      }
+      for (Buffer<T>* each : {&param, &grad, &square_avg, &acc_delta})
+        right &= each->surroundings_untouched();
+      expect(right, std::string("adadelta_step ") + NAME<T> + ", n " + std::to_string(n) +
+                        ", offset " + std::to_string(offset));
     }
   }
 }
@@ -794,6 +835,10 @@ int main(int count, char** arguments) try {
   test_infinite_loss();
   test_determinism();
   test_plans();
+  test_adadelta_step<double>();
+  test_adadelta_step<float>();
+  test_adadelta_step<__half>();
+  test_adadelta_step<__nv_bfloat16>();
   std::printf("%d checks, %d failed\n", checks, failures);
   return failures == 0 ? 0 : 1;
 } catch (const std::exception& error) {
