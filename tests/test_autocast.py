@@ -1,6 +1,7 @@
 """Autocast and gradient scaling: the rule that each op's docstring states, and GradScaler.
 
 relu, dropout           the input's dtype: autocast changes nothing
+relu_max_pool2d         likewise
 mse_loss                half precisions are taken in float32
 two_layer, its loss     all but float64 in autocast's dtype
 two_layer_sgd_step      autocast changes nothing
@@ -26,12 +27,15 @@ HALVES = (torch.bfloat16, torch.float16)
 
 @pytest.mark.parametrize(("backend", "device"), WITH_EAGER)
 @pytest.mark.parametrize("dtype", HALVES, ids=dtype_id)
-def test_relu_dropout_and_mse_loss_return_the_dtypes_of_their_namesakes(dtype, backend, device):
+def test_elementwise_ops_and_pooling_return_the_dtypes_of_their_namesakes(dtype, backend, device):
     with torch.autocast(device, dtype):
         for a in FLOATING_DTYPES:
             x = torch.ones(3, dtype=a, device=device)
             assert P.relu(x, backend=backend).dtype == F.relu(x).dtype == a
             assert P.dropout(x, backend=backend).dtype == F.dropout(x).dtype == a
+            plane = x.expand(1, 3, 3)
+            pooled = P.relu_max_pool2d(plane, 2, backend=backend)
+            assert pooled.dtype == F.max_pool2d(plane, 2).dtype == a
             for b in (*FLOATING_DTYPES, torch.int64):
                 y = torch.zeros(3, dtype=b, device=device)
                 for left, right in ((x, y), (y, x)):

@@ -89,6 +89,17 @@ def test_relu_max_pool2d_takes_batches_and_planes_and_returns_them_contiguous(
 
 
 @pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+def test_relu_max_pool2d_tells_apart_every_element_of_the_largest_window(backend, device):
+    for winner in (0, 16, 253, 254):
+        x = torch.full((1, 15, 17), 0.5, device=device)
+        x.view(-1)[winner] = 2
+        x.requires_grad_()
+        out = P.relu_max_pool2d(x, (15, 17), backend=backend)
+        out.backward(torch.full_like(out, 3))
+        assert out.item() == 2 and x.grad.sum() == x.grad.view(-1)[winner] == 3
+
+
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
 def test_relu_max_pool2d_saves_a_byte_for_each_window(backend, device):
     x = torch.randn(2, 3, 8, 8, device=device, requires_grad=True)
     saved = []

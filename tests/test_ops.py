@@ -283,8 +283,8 @@ def _surrounded(value, filler: float):
     return copy
 
 
-# For pooling: windows of two vectors and a rest, and a rest alone, in planes of odd extents; more
-# than one thread's share. For the networks: beyond every block of the C++ product but that of
+# For pooling: rows of two vectors and a rest in planes of odd extents, more than a thread's share;
+# windows of another size. For the networks: beyond every block of the C++ product but that of
 # depth; beyond that (1024) in each product, with so few rows for a thread that one's may take
 # another path; no packing.
 LARGE_SHAPES = {

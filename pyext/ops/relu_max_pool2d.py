@@ -1,4 +1,4 @@
-"""relu_max_pool2d(x) = the maximum of max(x, 0) over windows: ReLU and pooling in one pass a way.
+"""relu_max_pool2d(x) = max(x, 0), and of that the maximum over windows, in one pass each way.
 
 Instead of ReLU's output, one byte for each window goes to backward: where in it the maximum was.
 """
@@ -240,7 +240,7 @@ def sample_inputs(device, dtype, requires_grad=False) -> Iterator[SampleInput]:
         input = make(shape, device, dtype, len(shape)).requires_grad_(requires_grad)
         return SampleInput((input, *sizes), name=name, **kwargs)
 
-    yield made("small", (1, 2, 4, 4), 2)
+    yield made("small", (1, 1, 4, 4), 2)
     yield made("overlapping", (1, 5, 7), 3, 2, 1)
     yield made("rectangular", (2, 1, 4, 5), (1, 3), (2, 1), (0, 1))
     yield made("gaps", (1, 1, 7, 5), 2, (3, 2))
@@ -252,8 +252,7 @@ def sample_inputs(device, dtype, requires_grad=False) -> Iterator[SampleInput]:
     many = {"gradcheckable": False}
     yield made("odd", (3, 5, 35, 41), 2, **many)
     yield made("vectors", (2, 3, 10, 80), (2, 2), (2, 2), **many)
-    yield made("dense", (2, 9, 12), 3, 1, 1, **many)
-    yield made("largest", (1, 17, 19), (15, 17), 1, (7, 8), **many)
+    yield made("dense", (2, 9, 12), 5, 1, 2, **many)
     yield made("special", (2, 21, 14), 2, make=_special, **many)
     yield made("special_overlapping", (2, 21, 14), (3, 2), (2, 1), 1, make=_special, **many)
 
