@@ -5,7 +5,8 @@
 // Included once per instruction set by common/for_each_isa.h.
 #include "common/stream.h"
 
-// kLanes neighbouring values of the type A, and what shuffles them.
+// kLanes neighbouring values of the type A, and what shuffles them. Vectors go by reference: by value
+// their passing would depend on the instruction set, of which the compiler warns.
 template <class A, int kLanes>
 struct Lanes {
   // As wide as a value.
@@ -16,26 +17,28 @@ struct Lanes {
   typedef Position Positions __attribute__((vector_size(sizeof(A) * kLanes)));
   typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
-  // Elements `first`, `first` + 2, ... of a and b in a row.
-  static Values every_second(const Values& a, const Values& b, int first) {
-    return shuffle(a, b, [=](int i) { return 2 * i + first; }, kEach);
+  // Elements kFirst, kFirst + 2, ... of a and b in a row.
+  template <int kFirst>
+  static void every_second(const Values& a, const Values& b, Values& shuffled) {
+    shuffle<false, kFirst>(a, b, shuffled, std::make_integer_sequence<int, kLanes>{});
   }
-  // a and b in turns, from element `first` of each.
-  static Values in_turns(const Values& a, const Values& b, int first) {
-    return shuffle(a, b, [=](int i) { return i / 2 + first + i % 2 * kLanes; }, kEach);
+  // a and b in turns, from element kFirst of each.
+  template <int kFirst>
+  static void in_turns(const Values& a, const Values& b, Values& shuffled) {
+    shuffle<true, kFirst>(a, b, shuffled, std::make_integer_sequence<int, kLanes>{});
   }
 
  private:
-  static constexpr std::make_integer_sequence<int, kLanes> kEach{};
-  template <class At, int... kI>
-  static Values shuffle(const Values& a, const Values& b, At at,
-                        std::integer_sequence<int, kI...>) {
+  static constexpr int at(bool in_turns, int i, int first) {
+    return in_turns ? first + i / 2 + i % 2 * kLanes : first + 2 * i;
+  }
+  template <bool kInTurns, int kFirst, int... kI>
+  static void shuffle(const Values& a, const Values& b, Values& shuffled,
+                      std::integer_sequence<int, kI...>) {
 #ifdef __clang__
-    Values shuffled;
-    ((shuffled[kI] = at(kI) < kLanes ? a[at(kI)] : b[at(kI) - kLanes]), ...);
-    return shuffled;
+    shuffled = __builtin_shufflevector(a, b, at(kInTurns, kI, kFirst)...);
 #else
-    return __builtin_shuffle(a, b, Positions{at(kI)...});
+    shuffled = __builtin_shuffle(a, b, Positions{at(kInTurns, kI, kFirst)...});
 #endif
   }
 };
@@ -53,7 +56,14 @@ struct Maximum {
     value = wins ? candidate : value;
     position = wins ? Position{} + at : position;
   }
-  Position index() const { return value <= 0 ? Position{} + int(kNowhere) : position; }
+  void get_index(Position& index) const {
+    index = value <= 0 ? Position{} + int(kNowhere) : position;
+  }
+  uint8_t byte() const {
+    Position index;
+    get_index(index);
+    return uint8_t(index);
+  }
 };
 
 template <class Acc>
@@ -63,24 +73,24 @@ using MaximumOfOne = Maximum<Acc, typename Lanes<Acc, 1>::Position>;
 template <class Acc, int kLanes, class T>
 void relu_max_pool_2x2_lanes(const T* top, const T* bottom, T* out, uint8_t* index) {
   using L = Lanes<Acc, kLanes>;
-  const auto load = [](const T* from) {
-    Acc wide[kLanes];
-    for (int i = 0; i < kLanes; ++i) wide[i] = Acc(from[i]);
-    typename L::Values values;
-    std::memcpy(&values, wide, sizeof values);
-    return values;
-  };
   Maximum<typename L::Values, typename L::Positions> best{typename L::Values{} - 1, {}};
   int at = 0;
   for (const T* row : {top, bottom}) {
-    const auto low = load(row), high = load(row + kLanes);
-    best.offer(L::every_second(low, high, 0), at++);
-    best.offer(L::every_second(low, high, 1), at++);
+    Acc wide[2 * kLanes];
+    for (int i = 0; i < 2 * kLanes; ++i) wide[i] = Acc(row[i]);
+    typename L::Values halves[2], candidates;
+    std::memcpy(halves, wide, sizeof halves);
+    L::template every_second<0>(halves[0], halves[1], candidates);
+    best.offer(candidates, at++);
+    L::template every_second<1>(halves[0], halves[1], candidates);
+    best.offer(candidates, at++);
   }
   Acc wide[kLanes];
   std::memcpy(wide, &best.value, sizeof wide);
   for (int i = 0; i < kLanes; ++i) out[i] = T(wide[i]);
-  const auto bytes = __builtin_convertvector(best.index(), typename L::Bytes);
+  typename L::Positions positions;
+  best.get_index(positions);
+  const auto bytes = __builtin_convertvector(positions, typename L::Bytes);
   std::memcpy(index, &bytes, sizeof bytes);
 }
 
@@ -110,7 +120,7 @@ void relu_max_pool_2x2(const T* top, const T* bottom, T* out, uint8_t* index, in
         MaximumOfOne<Acc> best{-1, 0};
         for (int at = 0; at < 4; ++at) best.offer(Acc((at < 2 ? top : bottom)[2 * i + at % 2]), at);
         out[i] = T(best.value);
-        index[i] = uint8_t(best.index());
+        index[i] = best.byte();
       });
 }
 
@@ -142,7 +152,7 @@ void relu_max_pool_forward(const T* input, const Pooling& p, int64_t begin, int6
       for (int64_t column = 0; column < p.out_width; ++column) {
         const MaximumOfOne<Acc> best = relu_max_of_window<Acc>(plane, p, row, column);
         out_row[column] = T(best.value);
-        index_row[column] = uint8_t(best.index());
+        index_row[column] = best.byte();
       }
     }
     if (++row == p.out_height) row = 0, plane += p.height * p.width;
@@ -166,7 +176,9 @@ void relu_max_unpool_2x2_lanes(const void* grad, const uint8_t* index, int first
   const auto at = __builtin_convertvector(bytes, typename L::Values);
   const typename L::Values even = at == Bits(first) ? values : 0;
   const typename L::Values odd = at == Bits(first + 1) ? values : 0;
-  const typename L::Values pairs[] = {L::in_turns(even, odd, 0), L::in_turns(even, odd, kLanes / 2)};
+  typename L::Values pairs[2];
+  L::template in_turns<0>(even, odd, pairs[0]);
+  L::template in_turns<kLanes / 2>(even, odd, pairs[1]);
   std::memcpy(to, pairs, sizeof pairs);
 }
 
