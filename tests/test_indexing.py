@@ -140,6 +140,29 @@ def test_triton_elementwise_programs_reach_beyond_two_to_the_31(first_and_last_p
         assert [result[i].item() for i in (0, BEYOND - 1, BEYOND, -1)] == expected
 
 
+def test_triton_pooling_reaches_beyond_two_to_the_31(first_and_last_programs, monkeypatch):
+    """In a row that long, and among rows."""
+    # What no program writes is not looked at, and takes no memory as long as nobody zeroes it.
+    monkeypatch.setattr(
+        torch.Tensor,
+        "new_empty",
+        lambda self, *a, **k: torch.empty(*a, **{"dtype": self.dtype, **k}),
+    )
+    raw = BACKENDS["triton"].raw
+    one, none = (1, 1), (0, 0)
+    count = BEYOND + 70_000
+    for shape in ((1, count), (count // 16, 16)):
+        x = marked(count, torch.bfloat16).view(1, *shape)
+        out, index = raw.relu_max_pool2d_forward(x, one, one, none)
+        for result in (
+            out,
+            raw.relu_max_pool2d_backward(x, index, one, one, none, *shape),
+            raw.relu_max_pool2d_gather(x, index, one, one, none),
+        ):
+            flat = result.view(-1)
+            assert [flat[i].item() for i in (0, BEYOND - 1, BEYOND, -1)] == [2, 3, 0, 3]
+
+
 def test_triton_sums_reach_beyond_two_to_the_31(first_and_last_programs):
     x = marked(BEYOND + 5, torch.bfloat16)
     zeros = reserved(len(x), torch.bfloat16)
