@@ -243,7 +243,7 @@ def sample_inputs(device, dtype, requires_grad=False) -> Iterator[SampleInput]:
     yield made("small", (1, 1, 4, 4), 2)
     yield made("overlapping", (1, 5, 7), 3, 2, 1)
     yield made("rectangular", (2, 1, 4, 5), (1, 3), (2, 1), (0, 1))
-    yield made("gaps", (1, 1, 7, 5), 2, (3, 2))
+    yield made("gaps", (1, 1, 7, 5), 2, 3)
     yield made("one", (1, 1, 1), 1)
     yield made("empty_batch", (0, 3, 4, 4), 2)
     for name, make in _LAYOUTS.items():
@@ -251,7 +251,7 @@ def sample_inputs(device, dtype, requires_grad=False) -> Iterator[SampleInput]:
     # Every lane of a vector, and edges that no window reaches.
     many = {"gradcheckable": False}
     yield made("odd", (3, 5, 35, 41), 2, **many)
-    yield made("vectors", (2, 3, 10, 80), (2, 2), (2, 2), **many)
+    yield made("vectors", (2, 3, 11, 80), (2, 2), (2, 2), **many)
     yield made("dense", (2, 9, 12), 5, 1, 2, **many)
     yield made("special", (2, 21, 14), 2, make=_special, **many)
     yield made("special_overlapping", (2, 21, 14), (3, 2), (2, 1), 1, make=_special, **many)
