@@ -401,7 +401,7 @@ STEPS = [pytest.param(op, id=op.name) for op in registry.ops().values() if op.is
 
 
 def step_arguments(op, device):
-    shape = {1: (7,), 4: (5, 4, 3, 2)}[len(op.shape_names)]
+    shape = {"n": (7,), "out": (5, 4, 3, 2), "steps": (5, 4, 3, 2, 2)}[op.shape_names[-1]]
     generator = torch.Generator(device).manual_seed(0)
     inputs = op.benchmark_inputs(shape, torch.float32, torch.device(device), generator)
     return list(with_visible_step(op, inputs))

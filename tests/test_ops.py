@@ -288,9 +288,10 @@ def _surrounded(value, filler: float):
 # depth; beyond that (1024) in each product, with so few rows for a thread that one's may take
 # another path; no packing.
 LARGE_SHAPES = {
-    1: [(200_003,)],
-    4: [(203, 700, 301, 37), (20, 1100, 1500, 16), (1100, 64, 100, 10), (1100, 9, 52, 3)],
-    5: [(5, 7, 61, 75, 2), (3, 11, 41, 38, 3)],
+    "n": [(200_003,)],
+    "out": [(203, 700, 301, 37), (20, 1100, 1500, 16), (1100, 64, 100, 10), (1100, 9, 52, 3)],
+    "kernel": [(5, 7, 61, 75, 2), (3, 11, 41, 38, 3)],
+    "steps": [(203, 700, 301, 37, 2)],
 }
 
 
@@ -300,7 +301,7 @@ LARGE_SHAPES = {
     [
         pytest.param(op, shape, id=f"{op.name}-{'x'.join(map(str, shape))}")
         for op in registry.ops().values()
-        for shape in LARGE_SHAPES[len(op.shape_names)]
+        for shape in LARGE_SHAPES[op.shape_names[-1]]
     ],
 )
 def test_large_result_is_right_and_does_not_depend_on_the_thread_count(op, shape, dtype):
@@ -376,7 +377,8 @@ def test_hand_written_peer_agrees(op, dtype):
 @pytest.mark.parametrize("op", [each for each in registry.ops().values() if not each.is_step])
 def test_a_gradient_of_any_strides_is_read_by_them(op, backend, device):
     """The upstream gradient transposed, and expanded from one element."""
-    shape = {1: (35,), 4: (5, 4, 3, 7), 5: (1, 1, 10, 14, 2)}[len(op.shape_names)]
+    shapes = {"n": (35,), "out": (5, 4, 3, 7), "kernel": (1, 1, 10, 14, 2)}
+    shape = shapes[op.shape_names[-1]]
     args = op.benchmark_inputs(shape, torch.float32, device, torch.Generator(device).manual_seed(0))
     if op.name == "mse_loss":
         args = (*(each.detach().view(5, 7).requires_grad_() for each in args[:2]), "none")

@@ -162,6 +162,13 @@ def adadelta_step_calls(draw):
     return (param, grad, *averages, *(draw(each) for each in rates)), {}
 
 
+@st.composite
+def two_layer_sgd_steps_calls(draw):
+    # Of several steps, each makes the rounding errors of the one before larger.
+    args = network(draw, ("x", "y", "w1", "w2"), overlapping=False)
+    return (*args, 0.25, draw(st.integers(0, 1))), {}
+
+
 CALLS = {
     "dropout": dropout_calls(),
     "adadelta_step": adadelta_step_calls(),
@@ -171,6 +178,7 @@ CALLS = {
     "two_layer": two_layer_calls(),
     "two_layer_mse_loss": two_layer_mse_loss_calls(),
     "two_layer_sgd_step": two_layer_sgd_step_calls(),
+    "two_layer_sgd_steps": two_layer_sgd_steps_calls(),
 }
 
 

@@ -19,9 +19,10 @@ CONFIGURATIONS = configurations()
 OPS = [pytest.param(op, id=op.name) for op in registry.ops().values()]
 # By the numbers in a shape. 0 and 1 are left out: torch.compile always takes those for constants.
 SIZES = {
-    1: ((64,), (100,), (33,)),
-    4: ((6, 9, 7, 5), (11, 4, 13, 3), (2, 17, 8, 12)),
-    5: ((6, 3, 8, 10, 2), (11, 2, 9, 7, 2), (3, 4, 6, 12, 2)),
+    "n": ((64,), (100,), (33,)),
+    "out": ((6, 9, 7, 5), (11, 4, 13, 3), (2, 17, 8, 12)),
+    "kernel": ((6, 3, 8, 10, 2), (11, 2, 9, 7, 2), (3, 4, 6, 12, 2)),
+    "steps": ((6, 9, 7, 5, 2), (11, 4, 13, 3, 3), (2, 17, 8, 12, 4)),
 }
 
 
@@ -41,7 +42,7 @@ def inputs(op: registry.Op, device: str) -> list[tuple]:
         with_visible_step(
             op, op.benchmark_inputs(shape, torch.float32, torch.device(device), generator)
         )
-        for shape in SIZES[len(op.shape_names)]
+        for shape in SIZES[op.shape_names[-1]]
     ]
 
 

@@ -23,8 +23,13 @@ DEVICES = [
     for parameter in configurations()
     if parameter.values[0] == TRITON.name
 ]
-# Several tiles each way, odd edges, and a K that splits unevenly; by the numbers in a shape.
-SHAPES = {1: (1001,), 4: (20, 70, 36, 18), 5: (2, 3, 13, 17, 3)}
+# Several tiles each way, odd edges, and a K that splits unevenly. By the last of a shape's names.
+SHAPES = {
+    "n": (1001,),
+    "out": (20, 70, 36, 18),
+    "kernel": (2, 3, 13, 17, 3),
+    "steps": (20, 70, 36, 18, 2),
+}
 
 
 def run_python(code, **environment):
@@ -94,7 +99,7 @@ def small_tiles(monkeypatch):
 @pytest.mark.parametrize("op", registry.ops().values(), ids=registry.ops())
 def test_many_tiles_and_split_sums(op, dtype, device, small_tiles):
     generator = torch.Generator(device).manual_seed(0)
-    shape = SHAPES[len(op.shape_names)]
+    shape = SHAPES[op.shape_names[-1]]
     inputs = op.benchmark_inputs(shape, dtype, torch.device(device), generator)
     args = with_visible_step(op, inputs)
     result = verify(op, through(op, "triton"), args)

@@ -10,15 +10,9 @@
 
 #include "common/column_sum.cuh"
 #include "common/product.cuh"
+#include "common/two_layer_size.h"
 
 namespace pyext {
-
-struct TwoLayerSize {
-  int64_t batch;
-  int64_t in;
-  int64_t hidden;
-  int64_t out;
-};
 
 // out = sums [+ bias], with a ReLU after it if asked for.
 template <class T, bool Relu>

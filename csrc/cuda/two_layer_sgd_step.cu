@@ -5,17 +5,21 @@
 #include "common/two_layer_instances.h"
 #include "common/two_layer_tensors.h"
 #include "two_layer_sgd_step.cuh"
-
 namespace pyext {
 
 #define PYEXT_DECLARE(T)              \
   PYEXT_TWO_LAYER_INSTANCE(extern, T) \
   PYEXT_TWO_LAYER_MSE_LOSS_INSTANCE(extern, T)
 PYEXT_FOR_EACH_FLOATING(PYEXT_DECLARE)
+#define PYEXT_DEFINE(T) PYEXT_SGD_STEP_INSTANCE(, T)
+PYEXT_FOR_EACH_FLOATING(PYEXT_DEFINE)
 
 namespace {
 
-#define PYEXT_REGISTER(T) PYEXT_REGISTER_PRODUCT(T, UpdateWeight<T>)
+#define PYEXT_REGISTER(T)                                                                      \
+  PYEXT_REGISTER_PRODUCT(T, UpdateWeight<T>)                                                   \
+  PYEXT_REGISTER_KERNEL(sgd_steps_kernel<T>, (sgd_steps_shape(1, MOST_SHARED_BYTES)),          \
+                        sgd_steps_limits<T>());
 PYEXT_FOR_EACH_FLOATING(PYEXT_REGISTER)
 PYEXT_REGISTER_TILE(float, LargeTile, UpdateWeight<float>);
 

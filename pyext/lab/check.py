@@ -266,11 +266,16 @@ def before_step(op: Op, args: tuple) -> Named | None:
 
 
 def with_visible_step(op: Op, args: tuple) -> tuple:
-    """Benchmark arguments; a step op's learning rate such that a small bfloat16 weight moves."""
-    if not op.is_step:
+    """Benchmark arguments; a step op's learning rate such that a small bfloat16 weight moves.
+
+    Of an op that takes several steps: one, where the dtype is that narrow; else as they are.
+    """
+    names = list(inspect.signature(op.eager).parameters)
+    if not op.is_step or ("steps" in names and torch.finfo(args[0].dtype).bits > 16):
         return args
-    position = list(inspect.signature(op.eager).parameters).index("lr")
-    return (*args[:position], max(args[position], 2.0**-6), *args[position + 1 :])
+    position = names.index("lr")
+    args = (*args[:position], max(args[position], 2.0**-6), *args[position + 1 :])
+    return tuple(1 if name == "steps" else each for name, each in zip(names, args, strict=False))
 
 
 def _mutated(op: Op) -> set[str]:

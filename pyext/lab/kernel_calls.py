@@ -28,13 +28,14 @@ from pyext.backends import BACKENDS
 from pyext.lab import check
 
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-# By the number of extents. Elementwise: vectors only, and a tail. Networks: K split into parts, and
-# outputs of (1024, 1024) and more, for which the largest tiles are taken. Pooling: rows of whole
+# By the last of the names in a shape. Elementwise: vectors only, and a tail. Networks: K split into
+# parts, and outputs of (1024, 1024) and more, for which the largest tiles are taken. Pooling: rows of whole
 # vectors, and windows that overlap none of them.
 EXTRA_SHAPES = {
-    1: ((4096,), (1001,)),
-    4: ((64, 1000, 100, 10), (1024, 1024, 1024, 8), (2048, 16, 16, 1024)),
-    5: ((3, 5, 24, 24, 2), (2, 3, 23, 34, 3)),
+    "n": ((4096,), (1001,)),
+    "out": ((64, 1000, 100, 10), (1024, 1024, 1024, 8), (2048, 16, 16, 1024)),
+    "kernel": ((3, 5, 24, 24, 2), (2, 3, 23, 34, 3)),
+    "steps": ((64, 1000, 100, 10, 3),),
 }
 
 
@@ -119,7 +120,7 @@ def _accepts(op: registry.Op, dtype: torch.dtype) -> bool:
 def _calls(op: registry.Op, backend: str, dtype: torch.dtype) -> Iterator[KernelCall]:
     call = KernelCall(op, backend, dtype, "", (), {})
     cpu = torch.device("cpu")
-    for shape in EXTRA_SHAPES[len(op.shape_names)] if dtype.is_floating_point else ():
+    for shape in EXTRA_SHAPES[op.shape_names[-1]] if dtype.is_floating_point else ():
         args = op.benchmark_inputs(shape, dtype, cpu, torch.Generator().manual_seed(0))
         yield replace(call, name="x".join(map(str, shape)), args=check.with_visible_step(op, args))
     needs_grad = dtype.is_floating_point and not op.is_step

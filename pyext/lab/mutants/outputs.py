@@ -24,11 +24,17 @@ from pyext.lab.mutants import witness
 CPU = torch.device("cpu")
 # Several tiles, blocks and threads: odd numbers around them.
 LARGE = {
-    1: ((70_003,), (200_003,)),
-    4: ((203, 700, 301, 37), (64, 1000, 100, 10), (3, 5, 2100, 3), (700, 33, 20, 130)),
-    5: ((3, 8, 63, 61, 2), (2, 8, 40, 64, 2), (2, 4, 40, 37, 3)),
+    "n": ((70_003,), (200_003,)),
+    "out": ((203, 700, 301, 37), (64, 1000, 100, 10), (3, 5, 2100, 3), (700, 33, 20, 130)),
+    "kernel": ((3, 8, 63, 61, 2), (2, 8, 40, 64, 2), (2, 4, 40, 37, 3)),
+    "steps": ((64, 1000, 100, 10, 2),),
 }
-LARGE_INTERPRETED = {1: ((70_003,), (200_003,)), 4: ((70, 300, 65, 37),), 5: ((2, 8, 40, 64, 2),)}
+LARGE_INTERPRETED = {
+    "n": ((70_003,), (200_003,)),
+    "out": ((70, 300, 65, 37),),
+    "kernel": ((2, 8, 40, 64, 2),),
+    "steps": ((20, 70, 36, 18, 2),),
+}
 
 
 def main(backend: str, file: str) -> int:
@@ -59,7 +65,7 @@ def cases(backend: str) -> Iterator[tuple[str, Any]]:
                         ),
                     )
         emulating = BACKENDS[backend].interpreted
-        for shape in (LARGE_INTERPRETED if emulating else LARGE)[len(op.shape_names)]:
+        for shape in (LARGE_INTERPRETED if emulating else LARGE)[op.shape_names[-1]]:
             for dtype in op.dtypes:
                 yield (
                     f"{op.name} {dtype} {shape}",
