@@ -445,6 +445,42 @@ def test_a_step_refuses_transforms_and_forward_ad(op, backend, device):
         step(torch.autograd.forward_ad.make_dual(updated, torch.ones_like(updated)))
 
 
+# On CUDA the first takes one launch for all steps, of three blocks, and the second (2100 rows of w1
+# are more slices than that allows) a launch for each product.
+@pytest.mark.parametrize("shape", [(17, 21, 33, 5), (3, 2100, 4, 2)], ids=str)
+@pytest.mark.parametrize("dtype", registry.FLOATING_DTYPES, ids=dtype_id)
+@pytest.mark.parametrize(("backend", "device"), WITH_EAGER)
+def test_sgd_steps_are_single_steps_to_the_bit(backend, device, dtype, shape):
+    n, n_in, n_hidden, n_out = shape
+    generator = torch.Generator().manual_seed(0)
+    x, y, w1, w2 = (
+        torch.randn(s, generator=generator).to(device, dtype)
+        for s in ((3, n, n_in), (3, n, n_out), (n_in, n_hidden), (n_hidden, n_out))
+    )
+    w1 /= n_in**0.5
+    for batches in ((x[0], y[0]), (x, y)):
+        one, many = (w1.clone(), w2.clone()), (w1.clone(), w2.clone())
+        losses = [
+            P.two_layer_sgd_step(*batch, *one, 2.0**-9, backend=backend)
+            for batch in (zip(*batches, strict=True) if batches[0].dim() == 3 else [batches] * 3)
+        ]
+        together = P.two_layer_sgd_steps(*batches, *many, 2.0**-9, 3, backend=backend)
+        assert together.dtype == dtype and torch.equal(together, torch.stack(losses))
+        assert all(map(torch.equal, one, many)) and not torch.equal(many[0], w1)
+        assert together[2] < together[0] or batches[0].dim() == 3
+
+
+@pytest.mark.parametrize(("backend", "device"), WITH_EAGER)
+def test_no_sgd_step_changes_nothing(backend, device):
+    x, y, w1, w2 = (torch.randn(s, device=device) for s in ((5, 4), (5, 2), (4, 3), (3, 2)))
+    before, versions = (w1.clone(), w2.clone()), (w1._version, w2._version)
+    assert P.two_layer_sgd_steps(x, y, w1, w2, 0.1, 0, backend=backend).shape == (0,)
+    none = x[None][:0], y[None][:0]
+    assert P.two_layer_sgd_steps(*none, w1, w2, 0.1, backend=backend).shape == (0,)
+    assert torch.equal(w1, before[0]) and torch.equal(w2, before[1])
+    assert (w1._version, w2._version) == versions
+
+
 @pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
 def test_adadelta_step_computes_in_float32_and_its_rates_are_exact(backend, device):
     """In bfloat16 only the results are rounded; in float64 no rate has passed through float32.

@@ -86,12 +86,13 @@ def cases(
     Args:
         op: the op.
         device: where the tensors are.
-        dtypes: such as ``("float32",)``.
+        dtypes: such as ``("float32",)``; those that are not among ``op.dtypes`` are left out.
         shapes: each of the length that the op takes.
         preallocated: the directions that come, for large elementwise outputs, a second time with
             preallocated outputs.
     """
-    for dtype in dtypes:
+    known = [dtype for dtype in dtypes if getattr(torch, dtype) in op.dtypes]
+    for dtype in known:
         for shape in shapes:
             for direction in op.directions:
                 case = Case(op.name, direction, tuple(shape), dtype, str(device))

@@ -12,7 +12,7 @@
 
 #include "../../csrc/cuda/adadelta_step.cuh"
 #include "../../csrc/cuda/relu.cuh"
-#include "../../csrc/cuda/two_layer_sgd_step.cuh"
+#include "../../csrc/cuda/two_layer_sgd_steps.cuh"
 #include "emulated.h"
 
 int failures = 0;
@@ -678,9 +678,10 @@ void shrink(Operand<T>& operand, double factor) {
 }
 
 template <class T>
-void test_two_layer_sgd_step() {
+void test_two_layer_sgd_step(bool one_launch) {
   const double lr = 1.0 / 1024 + 1e-12;  // the last bits are lost if it passes through float32
   for (const TwoLayerSize& size : NETWORKS) {
+    if (one_launch && !sgd_fits_one_launch<T>(size)) continue;
     for (const Layout layout_x : layouts()) {
       for (const Layout layout_w :
            {Layout::rows, Layout::columns, Layout::strided, Layout::unaligned, Layout::padded}) {
@@ -731,10 +732,12 @@ void test_two_layer_sgd_step() {
 
         HostScratch scratch;
         Buffer<T> loss(1);
-        two_layer_sgd_step(size, net.x.constant, net.y.constant, w1.view, w2.view, lr, loss.data(),
-                           scratch, nullptr);
-        const std::string name =
-            "two_layer_sgd_step " + net.name + ", weights " + std::to_string(int(layout_w));
+        const auto step = one_launch ? &two_layer_sgd_step<T> : &sgd_step_by_products<T>;
+        step(size, net.x.constant, net.y.constant, w1.view, w2.view, lr, loss.data(), scratch,
+             nullptr);
+        const std::string name = std::string("two_layer_sgd_step ") +
+                                 (one_launch ? "in one launch " : "by products ") + net.name +
+                                 ", weights " + std::to_string(int(layout_w));
         expect(std::fabs(to_double(loss[0]) - loss_expected) <=
                    (16 * ROUNDING<T> + 1e3 * ROUNDING<Accumulate<T>>)*(loss_expected + 1e-3),
                name + ": loss " + std::to_string(to_double(loss[0])) + ", expected " +
@@ -756,6 +759,66 @@ void test_two_layer_sgd_step() {
         expect(w1.buffer.surroundings_untouched() && w2.buffer.surroundings_untouched() &&
                    scratch.surroundings_untouched(),
                name + " bounds");
+      }
+    }
+  }
+}
+
+// Which sizes go in one launch, on the emulated device of 4 multiprocessors. At the headline's size
+// four blocks fit on one, so that its 125 need 32 multiprocessors.
+void test_sgd_in_one_launch() {
+  const auto fits = [](int64_t batch, int64_t in, int64_t hidden, int64_t out) {
+    return sgd_fits_one_launch<float>({batch, in, hidden, out});
+  };
+  expect(fits(1, 1, 1, 1) && fits(33, 70, 34, 10) && fits(64, 128, 100, 10), "sgd: these fit");
+  expect(!fits(64, 129, 100, 10), "sgd: more blocks than the device holds at once");
+  expect(fits(1, 256, 1, 1) && !fits(1, 257, 1, 1), "sgd: 32 blocks of 256 threads are resident");
+  expect(!fits(1, 2049, 1, 1), "sgd: too many slices");
+  expect(!fits(128, 8, 100, 10) && fits(80, 8, 100, 4), "sgd: 48 KiB of shared memory");
+  expect(!sgd_fits_one_launch<double>({64, 8, 100, 10}), "sgd: float64 needs twice the memory");
+  expect(!fits(0, 1, 1, 1) && !fits(1, 0, 1, 1) && !fits(1, 1, 0, 1) && !fits(1, 1, 1, 0),
+         "sgd: nothing may be empty");
+  expect(!fits(1, 8, int64_t{1} << 40, 1) && !fits(int64_t{1} << 31, 8, int64_t{1} << 31, 1),
+         "sgd: sizes beyond 32 bits");
+  const SgdLayout headline(64, 100, 10);
+  expect(headline.elements * sizeof(float) == 38720,
+         "sgd: the headline's shared memory is " +
+             std::to_string(headline.elements * sizeof(float)));
+}
+
+// Several steps are the same bits as one after the other, in one launch and by products, with one
+// batch and with a batch for each.
+void test_sgd_steps() {
+  for (const TwoLayerSize& size : {TwoLayerSize{19, 21, 33, 5}, TwoLayerSize{64, 200, 100, 10}}) {
+    for (const bool many : {false, true}) {
+      const int64_t steps = 3, x_size = size.batch * size.in, y_size = size.batch * size.out;
+      Operand<float> x(many ? steps * size.batch : size.batch, size.in, Layout::rows);
+      Operand<float> y(many ? steps * size.batch : size.batch, size.out, Layout::rows);
+      Operand<float> w1(size.in, size.hidden, Layout::rows), w2(size.hidden, size.out, Layout::rows);
+      shrink(w1, 0.1), shrink(w2, 0.1);
+      Operand<float> w1_alone = w1, w2_alone = w2;
+      w1_alone.view.data = w1_alone.buffer.data();
+      w2_alone.view.data = w2_alone.buffer.data();
+      const SgdBatches<float> batches{x.constant, y.constant, many ? x_size : 0,
+                                      many ? y_size : 0};
+      Buffer<float> losses(steps), alone(steps);
+      HostScratch scratch;
+      const auto with_scratch = [&](const auto& body) { body(scratch); };
+      two_layer_sgd_steps(size, batches, w1.view, w2.view, 1e-3, steps, losses.data(),
+                          with_scratch, nullptr);
+      for (int64_t step = 0; step < steps; ++step) {
+        Matrix<const float> x_now = x.constant, y_now = y.constant;
+        x_now.data += step * batches.x_stride;
+        y_now.data += step * batches.y_stride;
+        two_layer_sgd_step(size, x_now, y_now, w1_alone.view, w2_alone.view, 1e-3,
+                           alone.data() + step, scratch, nullptr);
+        expect(losses[step] == alone[step], "sgd steps: loss");
+      }
+      for (int64_t i = 0; i < w1.buffer.size(); ++i) {
+        expect(w1.buffer[i] == w1_alone.buffer[i], "sgd steps: w1");
+      }
+      for (int64_t i = 0; i < w2.buffer.size(); ++i) {
+        expect(w2.buffer[i] == w2_alone.buffer[i], "sgd steps: w2");
       }
     }
   }
@@ -815,7 +878,7 @@ void test_floating() {
   test_column_sum<T>();
   test_two_layer_forward<T>();
   test_two_layer_backward<T>();
-  test_two_layer_sgd_step<T>();
+  for (const bool one_launch : {true, false}) test_two_layer_sgd_step<T>(one_launch);
 }
 
 }  // namespace
@@ -832,6 +895,8 @@ int main(int count, char** arguments) try {
   test_floating<float>();
   test_floating<__half>();
   test_floating<__nv_bfloat16>();
+  test_sgd_in_one_launch();
+  test_sgd_steps();
   test_infinite_loss();
   test_determinism();
   test_plans();

@@ -9,9 +9,9 @@
 //
 // The grid meets twice a step: blocks leave x[:, slice] @ w1[slice], meet, each adds up its share of
 // the hidden layer over all blocks, they meet, and each reads all of it. Of the small second layer
-// every block computes g itself, but updates its share of w2 alone, which the others read after the
-// first meeting of the next step. Nothing is overwritten before a meeting that follows its last
-// read, so that no buffer is needed twice.
+// every block computes g itself, but updates its share of w2 alone, which the others read after
+// the first meeting of the next step. Nothing is overwritten before a meeting that follows its
+// last read, so that no buffer is needed twice.
 #pragma once
 
 #include <cooperative_groups.h>
