@@ -1,7 +1,8 @@
-"""`python -m pyext.train mnist`: trains the MNIST CNN with one backend, or with each in turn.
+"""`python -m pyext.train mnist`: trains the MNIST CNN with one backend, or with each in turn, or,
+with `--recipe fast`, a small network to 99 % in the least time.
 
-Exit codes: 0 trained; 1 the loss is not finite; 2 wrong usage; 3 the data, the device or the
-backend is not available; 130 interrupted.
+Exit codes: 0 trained; 1 the loss is not finite, or the fast recipe missed its check; 2 wrong usage;
+3 the data, the device or the backend is not available; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import shlex
 import signal
 import sys
 import time
@@ -23,10 +25,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pyext import _arguments
+from pyext import _arguments, _fast_recipe
 from pyext.backends import BACKENDS, Backend, backends
 from pyext.workloads import data as datasets
-from pyext.workloads import engine, mnist_cnn
+from pyext.workloads import engine, mnist_cnn, mnist_fast
 from pyext.workloads.engine import HyperParameters, TestResult, Training
 
 OK, FAILED, WRONG_USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130
@@ -45,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(highlight=False, soft_wrap=True)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
+        if options.recipe == "fast":
+            return _train_fast(parser, options, console, errors)
         return _train(parser, options, console)
     except (_Missing, datasets.DataError) as error:
         errors.print(str(error), markup=False)
@@ -63,15 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(parser: argparse.ArgumentParser, options: argparse.Namespace, console: Console) -> int:
+    for name in ("seeds", "json"):
+        if getattr(options, name) is not None:
+            parser.error(f"--{name} goes with --recipe fast")
     state = engine.load_checkpoint(options.resume) if options.resume else None
     hyper = _hyper_parameters(parser, options, state)
-    if options.save is not None:
-        if not options.save.parent.is_dir():
-            parser.error(f"--save: there is no folder {options.save.parent}")
-        if options.save.is_dir():
-            parser.error(f"--save: {options.save} is a folder, not a file")
-        if not os.access(options.save.parent, os.W_OK):
-            parser.error(f"--save: the folder {options.save.parent} cannot be written to")
+    _check_writable(parser, "--save", options.save)
     if state is not None and options.backend == "all":
         parser.error("--resume continues one run; it does not go with --backend all")
     device = _device(options.device)
@@ -80,13 +81,7 @@ def _train(parser: argparse.ArgumentParser, options: argparse.Namespace, console
     if threads is not None:
         torch.set_num_threads(threads)
 
-    with _progress(console) as progress:
-        data = datasets.load(
-            hyper.dataset,
-            options.data_dir,
-            download=not options.no_download,
-            progress=lambda name: _DownloadBar(progress, name),
-        )
+    data = _load(hyper.dataset, options, console)
     console.print(
         f"{data.title}: {len(data.train_images)} training and {len(data.test_images)} test images; "
         f"{device}, threads: {torch.get_num_threads()}; {_describe(hyper)}"
@@ -108,6 +103,120 @@ def _train(parser: argparse.ArgumentParser, options: argparse.Namespace, console
     if len(finished) > 1:
         console.print(_summary(data.title, finished))
     return OK
+
+
+def _train_fast(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, console: Console, errors: Console
+) -> int:
+    """The fast recipe, seed after seed."""
+    _check_fast(parser, options)
+    seed = mnist_fast.RECIPE.seed if options.seed is None else options.seed
+    seeds = options.seeds or 1
+    if seed + seeds - 1 > _arguments.MOST_SEED:
+        parser.error(f"--seeds {seeds}: the last seed would be above {_arguments.MOST_SEED}")
+    hyper = dataclasses.replace(mnist_fast.RECIPE, seed=seed)
+    device = _device(options.device)
+    [backend] = _backends(options.backend or "eager", device, None, console)
+    if BACKENDS[backend].interpreted:
+        raise _Missing(f"--recipe fast measures time, and {backend} is interpreted here.")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    described = _fast_recipe.describe(device, hyper, _command(options))
+
+    start = time.perf_counter()
+    data = _load("mnist", options, console)
+    resident = mnist_fast.Resident.of(data, device)
+    load_s = time.perf_counter() - start
+    console.print(
+        f"{data.title}: {len(data.train_images)} training and {len(data.test_images)} test images, "
+        f"loaded in {load_s:.1f} s; {device}, threads: {torch.get_num_threads()}; {hyper.steps} "
+        f"steps, batches of {hyper.batch_size}"
+    )
+    swapped = mnist_fast.FastTraining(hyper, resident, backend=backend).swapped
+    console.print(str(swapped or f"backend {backend}: torch.nn's own modules"), markup=False)
+    if backend != "eager":
+        agrees, sentence = _fast_recipe.agrees_with_eager(hyper, resident, backend)
+        console.print(sentence, markup=False)
+        if not agrees:
+            errors.print(f"Stopped: {backend} does not train as eager does; nothing was timed.")
+            return FAILED
+
+    with _progress(console) as progress:
+        bar = progress.add_task("seeds", total=seeds)
+        outcome = _fast_recipe.run_seeds(
+            hyper, resident, seeds, backend=backend, on_run=lambda run: progress.advance(bar)
+        )
+    if not outcome.runs:
+        errors.print("Interrupted before the first seed was finished.")
+        return INTERRUPTED
+    console.print(_fast_recipe.table(data.title, outcome))
+    for note in sorted({run.note for run in outcome.runs} - {""}):
+        console.print(note, markup=False)
+    console.print(_fast_recipe.verdict(outcome))
+    if options.json is not None:
+        _fast_recipe.save(
+            options.json,
+            outcome,
+            data_title=data.title,
+            load_s=load_s,
+            described=described,
+            swapped=[str(entry) for entry in swapped or ()],
+        )
+        console.print(f"saved {options.json}", markup=False)
+    if outcome.interrupted:
+        errors.print(f"Interrupted after {len(outcome.runs)} of {seeds} seeds.")
+        return INTERRUPTED
+    return FAILED if outcome.failed else OK
+
+
+def _check_fast(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuses what does not go with `--recipe fast`."""
+    for name in ("epochs", "batch_size", "lr", "gamma"):
+        if getattr(options, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            parser.error(f"{flag} does not go with --recipe fast, which fixes it")
+    for name in ("save", "resume"):
+        if getattr(options, name) is not None:
+            parser.error(f"--{name} does not go with --recipe fast, which writes no checkpoint")
+    if options.dataset not in (None, "mnist"):
+        parser.error(
+            f"--dataset {options.dataset} does not go with --recipe fast, which was chosen on MNIST"
+        )
+    if options.backend == "all":
+        parser.error("--backend all does not go with --recipe fast; name one backend")
+    _check_writable(parser, "--json", options.json)
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command line again, without what names a path."""
+    words = ["python", "-m", "pyext.train", options.workload, "--recipe", options.recipe]
+    for name in ("backend", "device", "seed", "seeds", "threads"):
+        if (value := getattr(options, name)) is not None:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
+def _load(name: str, options: argparse.Namespace, console: Console) -> datasets.Data:
+    """The data set, downloaded with a progress bar where it is absent."""
+    with _progress(console) as progress:
+        return datasets.load(
+            name,
+            options.data_dir,
+            download=not options.no_download,
+            progress=lambda file: _DownloadBar(progress, file),
+        )
+
+
+def _check_writable(parser: argparse.ArgumentParser, flag: str, path: Path | None) -> None:
+    """Says before the training what would fail after it."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        parser.error(f"{flag}: there is no folder {path.parent}")
+    if path.is_dir():
+        parser.error(f"{flag}: {path} is a folder, not a file")
+    if not os.access(path.parent, os.W_OK):
+        parser.error(f"{flag}: the folder {path.parent} cannot be written to")
 
 
 def _run(training: Training, save: Path | None, console: Console) -> bool:
@@ -319,14 +428,33 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pyext.train",
         description="Train a network with one of the lab's backends, or with each in turn.",
-        epilog="Exit codes: 0 trained; 1 the loss is not finite; 2 wrong usage; 3 the data, the "
-        "device or the backend is not available; 130 interrupted.",
+        epilog="Exit codes: 0 trained; 1 the loss is not finite, or the fast recipe's mean over "
+        f"{_fast_recipe.SEEDS_OF_A_CLAIM} seeds or more is below "
+        f"{100 * mnist_fast.TARGET_ACCURACY:g} %; 2 wrong usage; 3 the data, the device or the "
+        "backend is not available; 130 interrupted.",
     )
     parser.add_argument("workload", choices=["mnist"], help="the MNIST CNN of PyTorch's examples")
     parser.add_argument(
+        "--recipe",
+        choices=["example", "fast"],
+        default="example",
+        help="example (default): network and training of PyTorch's examples; fast: a small network "
+        "and a short schedule, both fixed, to 99 %% in the least time",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=_arguments.integer(1),
+        metavar="N",
+        help="with --recipe fast: train with N seeds from --seed on, and show their spread",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="with --recipe fast: write results and machine"
+    )
+    parser.add_argument(
         "--backend",
         choices=[*_offered(), "all"],
-        help="default: the first of " + ", ".join(_offered()) + " that is available",
+        help="default: the first of " + ", ".join(_offered()) + " that is available; with "
+        "--recipe fast: eager",
     )
     parser.add_argument(
         "--device", type=_device_name, default="auto", help="auto (default), cpu or cuda"
