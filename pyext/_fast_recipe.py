@@ -144,7 +144,7 @@ def save(
     described: dict[str, Any],
     swapped: Sequence[str],
 ) -> None:
-    """Writes everything that a document may cite; docs/results.md has the fields.
+    """Writes everything that a document may cite; docs/mnist.md has the fields.
 
     Args:
         load_s: seconds of reading the data and bringing it, normalised, to the device.

@@ -67,8 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(parser: argparse.ArgumentParser, options: argparse.Namespace, console: Console) -> int:
-    for name in ("seeds", "json"):
-        if getattr(options, name) is not None:
+    for name in ("seeds", "json", "validation"):
+        if getattr(options, name):
             parser.error(f"--{name} goes with --recipe fast")
     state = engine.load_checkpoint(options.resume) if options.resume else None
     hyper = _hyper_parameters(parser, options, state)
@@ -125,6 +125,8 @@ def _train_fast(
 
     start = time.perf_counter()
     data = _load("mnist", options, console)
+    if options.validation:
+        data = mnist_fast.hold_out(data)
     resident = mnist_fast.Resident.of(data, device)
     load_s = time.perf_counter() - start
     console.print(
@@ -193,6 +195,7 @@ def _command(options: argparse.Namespace) -> str:
     for name in ("backend", "device", "seed", "seeds", "threads"):
         if (value := getattr(options, name)) is not None:
             words += [f"--{name}", str(value)]
+    words += ["--validation"] * options.validation
     return shlex.join(words)
 
 
@@ -446,6 +449,12 @@ def _parser() -> argparse.ArgumentParser:
         type=_arguments.integer(1),
         metavar="N",
         help="with --recipe fast: train with N seeds from --seed on, and show their spread",
+    )
+    parser.add_argument(
+        "--validation",
+        action="store_true",
+        help="with --recipe fast: hold out a sixth of the training images and test on them, not "
+        "on the test set",
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="with --recipe fast: write results and machine"

@@ -154,6 +154,23 @@ def test_the_test_set_is_read_once_after_the_last_update(resident, monkeypatch):
     assert _Watched.reads == 1  # the split into batches
 
 
+def test_the_validation_split_holds_out_training_images_only(folder):
+    whole = data.load("mnist", download=False)
+    split, again = mnist_fast.hold_out(whole), mnist_fast.hold_out(whole)
+    assert torch.equal(split.test_images, again.test_images)
+    assert (len(split.train_images), len(split.test_images)) == (40, 8)
+    parts = [
+        (*each.flatten().tolist(), int(label))
+        for images, labels in (
+            (split.train_images, split.train_labels),
+            (split.test_images, split.test_labels),
+        )
+        for each, label in zip(images, labels, strict=True)
+    ]
+    expected = zip(whole.train_images, whole.train_labels, strict=True)
+    assert sorted(parts) == sorted((*x.flatten().tolist(), int(y)) for x, y in expected)
+
+
 def test_testing_counts_right(resident, monkeypatch):
     monkeypatch.setattr(mnist_fast, "TEST_BATCH_SIZE", 7)
     training = FastTraining(HYPER, resident)
@@ -281,6 +298,24 @@ def test_the_table_and_the_file(folder, capsys):
         ]  # fmt: skip
 
 
+def test_validation_leaves_the_test_set_alone(folder, capsys, monkeypatch):
+    path = folder / "fast.json"
+    tested = []
+    test = FastTraining.test
+    monkeypatch.setattr(
+        FastTraining, "test", lambda self: tested.append(self.data.test_images) or test(self)
+    )
+    code, out, _ = _main(capsys, "--validation", "--json", path)
+    assert code == 0 and "tiny MNIST (validation split): 40 training and 8 test images" in out
+    saved = json.loads(path.read_text())
+    assert saved["data"] == "tiny MNIST (validation split)"
+    assert saved["environment"]["command"].endswith("--validation")
+    whole = data.load("mnist", download=False)
+    [images] = tested
+    held = Resident.of(mnist_fast.hold_out(whole), "cpu").test_images
+    assert torch.equal(images, held)
+
+
 def test_the_same_seed_gives_the_same_accuracy(folder, capsys):
     paths = [folder / "a.json", folder / "b.json"]
     for path in paths:
@@ -369,6 +404,7 @@ def test_a_diverging_run_exits_with_1(folder, capsys, monkeypatch):
         (("--json", "."), "--json: . is a folder"),
         (("--recipe", "example", "--seeds", 3), "--seeds goes with --recipe fast"),
         (("--recipe", "example", "--json", "x.json"), "--json goes with --recipe fast"),
+        (("--recipe", "example", "--validation"), "--validation goes with --recipe fast"),
         (("--recipe", "slow"), "--recipe"),
     ],
 )

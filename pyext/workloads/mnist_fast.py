@@ -1,9 +1,9 @@
 """MNIST to 99 % on the test set in the least time: a small network and a short schedule.
 
-Everything in `FastHyperParameters` was chosen on a validation split (docs/mnist.md has the
-evidence). The training uses all 60 000 images, and `train` reads the test set once, after the last
-update. The clock runs from initialised weights to there, with the data on the device; loading,
-preparing and testing are timed beside it.
+Network and `FastHyperParameters`, the number of steps included, were chosen on the images that
+`hold_out` holds out (docs/mnist.md has the evidence). The training uses all 60 000 images, and
+`train` reads the test set once, after the last update. The clock runs from initialised weights to
+there, with the data on the device; loading, preparing and testing are timed beside it.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ __all__ = [
     "FastTraining",
     "Resident",
     "flops_per_image",
+    "hold_out",
     "parity",
     "train",
 ]
 
 TARGET_ACCURACY = 0.99
 TEST_BATCH_SIZE = 500
+VALIDATION_SEED = 2024
 WARM_UP_STEPS = 3
 # A graph holds a few tens of kernels for each step; an epoch's steps are enough to hide its launch.
 MOST_CAPTURED_STEPS = 240
@@ -73,6 +75,22 @@ RECIPE = FastHyperParameters()
 
 
 # 2. Data.
+def hold_out(data: Data) -> Data:
+    """A sixth of the training images, always the same, in the place of the test set, which is left
+    out: 50 000 and 10 000 of MNIST's."""
+    count = len(data.train_images)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(VALIDATION_SEED))
+    held, kept = order[: count // 6], order[count // 6 :]
+    return dataclasses.replace(
+        data,
+        title=f"{data.title} (validation split)",
+        train_images=data.train_images[kept],
+        train_labels=data.train_labels[kept],
+        test_images=data.train_images[held],
+        test_labels=data.train_labels[held],
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Resident:
     """Normalised images and their labels on the device where they are trained on.
