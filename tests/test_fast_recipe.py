@@ -44,7 +44,9 @@ def test_the_learning_rate_rises_once_and_ends_one_step_before_zero(hyper):
     assert rates.shape == (hyper.steps,)
     assert 0 < rates.min() and rates.max() <= hyper.lr * (1 + 1e-6)
     peak = int(rates.argmax())
-    assert (rates[: peak + 1].diff() > 0).all() and (rates[peak:].diff() < 0).all()
+    directions = rates.diff().sign()
+    assert (directions.diff() <= 0).all()  # up, then down
+    assert (directions == 0).sum() <= 1  # two steps may lie as far from the peak
     fall = hyper.lr / (1 - hyper.warm_up) / (hyper.steps + 1)
     if hyper.steps > 1:
         assert rates[-1].item() == pytest.approx(fall, rel=1e-5)
@@ -213,9 +215,9 @@ def test_a_loss_that_is_not_finite_is_said(resident):
 
 
 def test_the_flops_are_those_of_convolutions_and_products():
-    shapes = {"conv1": (14, 25 * 1 * 8), "conv2": (14, 9 * 8 * 16), "conv3": (5, 9 * 16 * 32)}
+    shapes = {"conv1": (12, 25 * 1 * 8), "conv2": (12, 9 * 8 * 16), "conv3": (4, 9 * 16 * 64)}
     forward = {name: 2 * size**2 * weights for name, (size, weights) in shapes.items()}
-    forward["fc"] = 2 * 800 * 10
+    forward["fc"] = 2 * 1024 * 10
     # Backward: the derivative by the weights and, but for the first layer, by the input.
     expected = 3 * sum(forward.values()) - forward["conv1"]
     assert mnist_fast.flops_per_image() == expected
