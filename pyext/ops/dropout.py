@@ -232,9 +232,12 @@ def benchmark_inputs(shape, dtype, device, generator) -> tuple[torch.Tensor]:
 
 
 def by_hand(input: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forward and backward without autograd, for p = 0.5."""
-    out, mask = torch.native_dropout(input, 0.5, True)
-    return out, torch.ops.aten.native_dropout_backward(grad, mask, 2.0)
+    """Forward and backward without autograd, for p = 0.5.
+
+    (``torch.native_dropout`` and its backward took a fifth longer on a CPU.)
+    """
+    mask = torch.empty_like(input).bernoulli_(0.5).mul_(2)
+    return input * mask, grad * mask
 
 
 def expected_of_pytorch(
