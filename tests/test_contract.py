@@ -461,10 +461,10 @@ def test_sgd_steps_are_single_steps_to_the_bit(backend, device, dtype, shape):
     for batches in ((x[0], y[0]), (x, y)):
         one, many = (w1.clone(), w2.clone()), (w1.clone(), w2.clone())
         losses = [
-            P.two_layer_sgd_step(*batch, *one, 2.0**-9, backend=backend)
+            P.two_layer_sgd_step(*batch, *one, 2.0**-12, backend=backend)
             for batch in (zip(*batches, strict=True) if batches[0].dim() == 3 else [batches] * 3)
         ]
-        together = P.two_layer_sgd_steps(*batches, *many, 2.0**-9, 3, backend=backend)
+        together = P.two_layer_sgd_steps(*batches, *many, 2.0**-12, 3, backend=backend)
         assert together.dtype == dtype and torch.equal(together, torch.stack(losses))
         assert all(map(torch.equal, one, many)) and not torch.equal(many[0], w1)
         assert together[2] < together[0] or batches[0].dim() == 3
