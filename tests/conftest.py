@@ -35,6 +35,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
     Not where files, ``-n`` or a debugger were asked for, nor without pytest-xdist.
     """
+    if "PYTEST_XDIST_WORKER" in os.environ:  # this is such a process, and may start no others
+        return
     option = config.option
     if (
         config.pluginmanager.hasplugin("xdist")
