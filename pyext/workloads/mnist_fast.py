@@ -49,7 +49,7 @@ PARITY_STEPS = 3
 class FastHyperParameters:
     """What a run's course depends on, besides its data."""
 
-    steps: int = 390
+    steps: int = 468
     batch_size: int = 128
     lr: float = 0.02
     """AdamW's learning rate at its peak; it rises to it from 0 and falls to 0, both linearly."""
@@ -61,10 +61,10 @@ class FastHyperParameters:
     seed: int = 1
 
     def schedule(self) -> Tensor:
-        """The learning rate of each step: (steps,) float32, the last one 0 but for one step's fall.
+        """The learning rate of each step: (steps,) float32.
 
-        Step `i` of `n` stands at `(i + 1) / n`, so that no step is spent with a rate of 0 at the
-        start; the end is one step further on than the last.
+        The rates of 0 at both ends are one step before the first and one after the last, so that
+        no step is wasted on them.
         """
         at = torch.arange(1, self.steps + 1, dtype=torch.float64) / (self.steps + 1)
         rising, falling = at / self.warm_up, (1 - at) / (1 - self.warm_up)
