@@ -1,5 +1,7 @@
 """The fast MNIST recipe: its course, its rules, and its command line."""
 
+import contextlib
+import copy
 import dataclasses
 import json
 import signal
@@ -103,6 +105,10 @@ def test_every_epoch_goes_through_whole_batches_in_another_order(resident):
     other = FastTraining(FastHyperParameters(steps=7, batch_size=20, seed=2), resident)
     other.draw_batches()
     assert not torch.equal(other.batches, training.batches)
+
+
+def test_a_single_step_is_a_run(resident):
+    assert mnist_fast.train(FastHyperParameters(steps=1, batch_size=16), resident).train_s > 0
 
 
 def test_a_run_is_a_function_of_its_seed(resident):
@@ -226,6 +232,58 @@ def test_the_flops_are_those_of_convolutions_and_products():
 @pytest.mark.parametrize("steps, expected", [(468, 234), (240, 240), (7, 7), (241, 1), (700, 175)])
 def test_captured_steps_divide_the_run(steps, expected):
     assert mnist_fast.captured_steps(steps) == expected
+
+
+class _Stream:
+    def wait_stream(self, other):
+        pass
+
+
+def _fake_cuda(monkeypatch, training, capture):
+    """Stands in for streams and graphs: `capture` is the context manager that captures, and a graph
+    replays by running its steps."""
+
+    class Graph:
+        replays = 0
+
+        def replay(self):
+            self.replays += 1
+            for _ in range(training._steps_in_graph):
+                training.step()
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: _Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_captured_run_is_the_run_step_by_step(resident, monkeypatch, works):
+    # The logic around the graph, with a stand-in for the graph: it needs no GPU.
+    expected = FastTraining(HYPER, resident)
+    expected.prepare()
+    expected.run()
+
+    training = FastTraining(HYPER, resident)
+    initial = copy.deepcopy(training.model.state_dict())
+
+    @contextlib.contextmanager
+    def capture(graph):
+        if not works:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        yield
+
+    _fake_cuda(monkeypatch, training, capture)
+    training.model.train()
+    training._capture()
+    training._start_again(initial)
+    training.run()
+    assert torch.equal(training.loss, expected.loss)
+    if works:
+        assert training.note == "" and training._graph.replays == 1
+    else:
+        assert "could not be captured (operation not permitted" in training.note
 
 
 # --- many seeds ----------------------------------------------------------------------------------

@@ -214,8 +214,7 @@ class FastTraining:
         if self.device.type == "cuda":
             self._capture()
         else:
-            for _ in range(WARM_UP_STEPS):
-                self.step()
+            self._warm_up()
         self._start_again(initial)
 
     def draw_batches(self) -> None:
@@ -267,13 +266,17 @@ class FastTraining:
             correct += (self.model(images).argmax(dim=1) == labels).sum()
         return correct.item() / len(self.data.test_labels)
 
+    def _warm_up(self) -> None:
+        for _ in range(min(WARM_UP_STEPS, self.hyper.steps)):
+            self.step()
+        self.step_index.zero_()
+
     def _capture(self) -> None:
         """Captures as many steps as divide the run; without a graph, `note` says why."""
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_STEPS):
-                self.step()
+            self._warm_up()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         steps, graph = captured_steps(self.hyper.steps), torch.cuda.CUDAGraph()
         self.optimizer.zero_grad(set_to_none=True)
