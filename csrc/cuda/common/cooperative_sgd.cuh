@@ -66,28 +66,31 @@ inline LaunchShape sgd_steps_shape(int slices, std::size_t shared_bytes) {
   return {dim3(static_cast<unsigned>(slices)), dim3(SGD_THREADS), shared_bytes, true};
 }
 
-// float64's 32 sums of a thread take twice the registers, and its shared memory is full sooner.
+// float64's 32 sums of a thread take twice the registers.
+template <class T>
+constexpr int SGD_BLOCKS_PER_SM = std::is_same_v<T, double> ? 1 : 2;
+
 template <class T>
 constexpr KernelLimits sgd_steps_limits() {
-  return {.registers = registers_for(std::is_same_v<T, double> ? 1 : 2, SGD_THREADS),
+  return {.registers = registers_for(SGD_BLOCKS_PER_SM<T>, SGD_THREADS),
           .load_bytes = 16,
           .store_bytes = 16,
           .shared_bytes = MOST_SHARED_BYTES};
 }
 
-// Afterwards lane k's values[0] is the sum of values[k] over the warp, always in the same order.
-template <class Acc>
+// Afterwards lane k's values[0] is the sum of values[k] over the warp, always in the same order. By
+// recursion: nvcc does not unroll a loop over halves, and an array with a runtime index is not in
+// registers.
+template <int Half = WARP_SIZE / 2, class Acc>
 __device__ __forceinline__ void scatter_sums(Acc (&values)[WARP_SIZE], int lane) {
+  const bool upper = lane & Half;
 #pragma unroll
-  for (int half = WARP_SIZE / 2; half > 0; half /= 2) {
-    const bool upper = lane & half;
-#pragma unroll
-    for (int k = 0; k < half; ++k) {
-      const Acc given = upper ? values[k] : values[k + half];
-      const Acc kept = upper ? values[k + half] : values[k];
-      values[k] = kept + __shfl_xor_sync(FULL_WARP, given, half);
-    }
+  for (int k = 0; k < Half; ++k) {
+    const Acc given = upper ? values[k] : values[k + Half];
+    const Acc kept = upper ? values[k + Half] : values[k];
+    values[k] = kept + __shfl_xor_sync(FULL_WARP, given, Half);
   }
+  if constexpr (Half > 1) scatter_sums<Half / 2>(values, lane);
 }
 
 // A weight after its step, as storing it rounds it.
@@ -341,7 +344,7 @@ class SgdBlock {
 
 // parts: batch x hidden, in whole quads, for each block; hidden: the same once.
 template <class T>
-__global__ void __launch_bounds__(SGD_THREADS)
+__global__ void __launch_bounds__(SGD_THREADS, SGD_BLOCKS_PER_SM<T>)
     sgd_steps_kernel(const TwoLayerSize size, const SgdBatches<T> batches, const Matrix<T> w1,
                      const Matrix<T> w2, Accumulate<T> lr, int64_t steps, Accumulate<T>* parts,
                      Accumulate<T>* hidden, T* losses) {
