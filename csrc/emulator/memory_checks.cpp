@@ -205,6 +205,11 @@ void check_atomic(const void* address, std::size_t bytes) {
 void allow(const void* address, std::size_t bytes, Memory kind) {
   if (bytes == 0) return;
   const auto begin = reinterpret_cast<std::uintptr_t>(address);
+  if (kind == Memory::unwritten) {  // scratch memory that an op freed may be handed out again
+    std::erase_if(regions, [&](const Region& region) {
+      return region.kind == kind && region.begin < begin + bytes && begin < region.end;
+    });
+  }
   for (Region& region : regions) {
     if (region.begin != begin || region.end != begin + bytes) continue;
     if (region.kind == Memory::read_only) region.kind = kind;
