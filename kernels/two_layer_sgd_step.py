@@ -16,11 +16,6 @@ from ._registration import expect, raw_op
 from .two_layer import check_network, hidden_layer
 
 
-@raw_op("(Tensor x, Tensor y, Tensor(a!) w1, Tensor(b!) w2, float lr) -> Tensor")
-def two_layer_sgd_step(x, y, w1, w2, lr):
-    return sgd_step(x, y, w1, w2, lr)
-
-
 def sgd_step(x, y, w1, w2, lr):
     """One step's launches; the loss before it."""
     check_network(x, w1, w2)
@@ -34,3 +29,9 @@ def sgd_step(x, y, w1, w2, lr):
     matmul(x.t(), d, w1, lr=2 * lr)
     matmul(hidden.t(), diff, w2, lr=2 * lr)
     return loss
+
+
+# Below what it calls: while an op is registered, PyTorch looks for its kernels.
+@raw_op("(Tensor x, Tensor y, Tensor(a!) w1, Tensor(b!) w2, float lr) -> Tensor")
+def two_layer_sgd_step(x, y, w1, w2, lr):
+    return sgd_step(x, y, w1, w2, lr)

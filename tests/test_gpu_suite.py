@@ -399,10 +399,11 @@ class TestKernelCalls:
         calls = [c for c in kernel_calls.kernel_calls(["extension"]) if c.name in ("5x7", "4096")]
         assert calls
         assert kernel_calls._run(calls, torch.device("cpu"), 60.0) == 0
+        at = next(i for i, call in enumerate(calls) if call.op.name == "relu")
         wrong = dataclasses.replace(
-            calls[0].op, function=lambda *args, backend, **kwargs: calls[0].op.eager(*args) + 1
+            calls[at].op, function=lambda *args, backend, **kwargs: calls[at].op.eager(*args) + 1
         )
-        calls[0] = dataclasses.replace(calls[0], op=wrong)
+        calls[at] = dataclasses.replace(calls[at], op=wrong)
         assert kernel_calls._run(calls, torch.device("cpu"), 60.0) == 1
         out = capsys.readouterr().out
         assert "FAILED" in out and out.endswith(f"{len(calls)} of {len(calls)} calls, 1 failed\n")

@@ -17,7 +17,7 @@ from pyext.lab import check
 
 CONFIGURATIONS = configurations()
 OPS = [pytest.param(op, id=op.name) for op in registry.ops().values()]
-# By the last of a shape's names. 0 and 1 are left out: torch.compile always takes those for constants.
+# By the last of a shape's names. Without 0 and 1, which torch.compile always takes for constants.
 SIZES = {
     "n": ((64,), (100,), (33,)),
     "out": ((6, 9, 7, 5), (11, 4, 13, 3), (2, 17, 8, 12)),

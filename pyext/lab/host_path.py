@@ -104,7 +104,7 @@ def host_path(
     inputs = Inputs(op, case, seed=0)
     function = functools.partial(op.function, backend=backend)
     forward, backward = _recorded(op, function, inputs, backend)
-    empty = Inputs(op, Case(op.name, direction, (0,) * len(shape), dtype, device), seed=0)
+    empty = Inputs(op, Case(op.name, direction, (0, *shape[1:]), dtype, device), seed=0)
     empty_forward, empty_backward = _recorded(op, function, empty, backend)
 
     calls: dict[str, Callable[[], Any]] = {

@@ -139,7 +139,13 @@ class _Compiler:
         # Not every kernel has a benchmark: a loss without reduction, say.
         self.wanted = self._stated() - found
         if self.wanted:
-            yield from self._rows(dtype, "samples")
+            for row in self._rows(dtype, "samples"):
+                found.add(row.kernel)
+                yield row
+        # Nor is every one in a first derivative.
+        self.wanted = self._stated() - found
+        if self.wanted:
+            yield from self._raw_rows(dtype)
 
     def _rows(self, dtype: torch.dtype, inputs: str) -> Iterator[Row]:
         seen = set()
@@ -148,11 +154,25 @@ class _Compiler:
                 result = op.function(*args, **kwargs, backend="triton")
                 if result is not None and result.requires_grad:  # some steps return nothing
                     result.backward(torch.ones_like(result))
-                for name, compiled in self.launched:
-                    if compiled.hash not in seen:
-                        seen.add(compiled.hash)
-                        yield self._row(name, compiled, f"{op.name} {label}")
-                self.launched.clear()
+                yield from self._new_rows(seen, f"{op.name} {label}")
+
+    def _raw_rows(self, dtype: torch.dtype) -> Iterator[Row]:
+        from pyext.backends import BACKENDS
+
+        seen = set()
+        for op in registry.ops().values():
+            for raw_op in op.raw_ops:
+                for args in raw_op.samples(torch.device("cpu"), dtype):
+                    getattr(BACKENDS["triton"].raw, raw_op.name)(*args)
+                    yield from self._new_rows(seen, f"{raw_op.name} sample")
+
+    def _new_rows(self, seen: set[str], example: str) -> Iterator[Row]:
+        """Rows of what was launched since the last time and not seen before."""
+        for name, compiled in self.launched:
+            if compiled.hash not in seen:
+                seen.add(compiled.hash)
+                yield self._row(name, compiled, example)
+        self.launched.clear()
 
     @staticmethod
     def _stated() -> set[str]:
