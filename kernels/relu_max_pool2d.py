@@ -35,7 +35,9 @@ def _pooling_limits(specialised, loaded, out):
 
     A thread stores its four results at once where the last program has no odd end. shared_bytes:
     float64 results change threads on their way to that. registers: 44 to 72 with windows of 2 x 2;
-    16 elements in flight for each of four results take more.
+    16 elements in flight for each of four results take more. spill_bytes: dividing 64-bit numbers
+    is a subroutine, and around its eight calls sm_80 saves an address of some windows (in the
+    machine code, one STL before the first CALL and one LDL after the last).
     """
     itemsize = specialised.itemsize(out)
     whole = specialised.aligned(out, "n")
@@ -44,6 +46,7 @@ def _pooling_limits(specialised, loaded, out):
         load_bytes=specialised.itemsize(loaded),
         store_bytes=min(4 * itemsize, 16) if whole else itemsize,
         shared_bytes=specialised.constants["BLOCK"] * itemsize,
+        spill_bytes=8,
     )
 
 

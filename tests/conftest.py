@@ -45,6 +45,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         and not (option.usepdb or option.trace or option.collectonly)
     ):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        option.dist = "worksteal"  # the longest tests are in one file
         # (The processes share a GPU's memory.)
         option.numprocesses = min(cores, 4) if torch.cuda.is_available() else cores
         os.environ.setdefault("OMP_NUM_THREADS", str(cores // option.numprocesses))

@@ -221,6 +221,8 @@ def sizes_of_terms(op, args, kwargs) -> check.Named:
     given = [positive(name, value) for name, value in zip(names, args, strict=False)]
     if op.is_step:
         results = check.call(op, op.eager, tuple(given), kwargs)
+        for name, before in check.before_step(op, tuple(given)).items():
+            results[name] = before + (before - results[name]).abs()  # what was, and the update
     else:
         out = op.eager(*given, **kwargs)
         out.backward(check.grad_output(out).abs())
