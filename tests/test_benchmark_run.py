@@ -260,6 +260,27 @@ class TestWrong:
         first = next(row for row in results.load(tmp_path)["rows"] if row["variant"] == "extension")
         assert first["reason"].startswith("right before the timing, not after it")
 
+    def test_only_on_the_small_shape_of_the_host_path(self, run, monkeypatch, tmp_path):
+        calls = 0
+
+        def tiring(x, *, backend):
+            nonlocal calls
+            calls += len(x) == 4096
+            good = torch.relu(x)
+            return good if len(x) != 4096 or calls <= right else good + 0 * x + 1
+
+        self.plant(monkeypatch, tiring)
+        more = ("--backend", "eager,extension", "--peer", "none", "--profile", "full")
+        for right in (0, 1, 10**9):  # wrong at once, wrong while it is timed, right
+            calls = 0
+            code, data = relu_run(run, tmp_path, *more, "--shape", "64")
+            timed = [row for row in data["rows"] if row["shape"] == [64]]
+            assert {row["status"] for row in timed} == {"ok"}
+            assert [row["status"] for row in data["rows"] if row["shape"] == [4096]] == (
+                ["wrong"] if right < 10**9 else []
+            )
+            assert (code, len(data["host_path"])) == ((1, 0) if right < 10**9 else (0, 1))
+
     def test_that_raises(self, run, monkeypatch, tmp_path):
         def broken(x, *, backend):
             raise RuntimeError("the kernel fell over\nand more lines")

@@ -12,6 +12,7 @@ from rich.console import Console
 from pyext import registry
 from pyext.backends import BACKENDS
 from pyext.lab import host_path, measure, report
+from pyext.lab.cases import Inputs
 from pyext.lab.measure import Effort, Samples
 from pyext.ops import _checks, relu
 
@@ -26,8 +27,9 @@ pytestmark = pytest.mark.skipif(
 
 def take_apart(name: str) -> host_path.HostPath:
     op = registry.get(name)
-    shape = host_path.small_shape(op, "cpu")
-    return host_path.host_path(op, shape, "float32", "cpu", "extension", EFFORT)
+    case = host_path.small_case(op, "float32", "cpu")
+    assert max(case.shape) <= (4096 if len(case.shape) == 1 else 16)
+    return host_path.host_path(case, Inputs(op, case, seed=0), "extension", EFFORT)
 
 
 @pytest.mark.parametrize("name", registry.ops())

@@ -23,7 +23,7 @@ from pyext.lab.cases import ALLOCATED, PREALLOCATED, Case, Inputs, cases
 from pyext.lab.measure import Effort, Samples
 from pyext.lab.peers import PEERS, Peers, why_unavailable
 from pyext.lab.results import Results, fill_floor, fill_times, new_row
-from pyext.lab.timing import FULL, QUICK, Outcome, time_case
+from pyext.lab.timing import FULL, QUICK, Outcome, time_case, verified
 
 MNIST = "mnist"
 COMPILED = ("compile", "compile-max")
@@ -289,23 +289,32 @@ class Benchmark:
         self._write_rows(*unchecked)
 
     def _take_small_calls_apart(self, progress: Progress) -> None:
+        """A backend that is wrong there, before or after, has a row that says so instead."""
         settings, device = self.settings, str(self.settings.device)
         jobs = [
             (op, backend)
             for op in settings.ops
             for backend in settings.backends
-            if BACKENDS[backend].namespace
+            if getattr(torch, settings.dtypes[0]) in op.dtypes
+            and BACKENDS[backend].namespace
             and not BACKENDS[backend].interpreted
             and not BACKENDS[backend].unavailable(device, op.name)
         ]
-        dtype, found = settings.dtypes[0], []
+        self.results.data["host_path"] = found = []
         for done, (op, backend) in enumerate(jobs):
             progress(f"{op.name} {backend}", done / len(jobs))
-            shape = host_path.small_shape(op, device)
-            path = host_path.host_path(op, shape, dtype, device, backend, settings.alone or QUICK)
-            found.append(path.to_json())
-            self.results.data["host_path"] = found
-        self._write_rows()
+            case = host_path.small_case(op, settings.dtypes[0], device)
+            inputs = Inputs(op, case, settings.seed)
+            outcome = verified(backend, inputs, case)
+            if outcome.status == "ok":
+                path = host_path.host_path(case, inputs, backend, settings.alone or QUICK)
+                outcome = verified(backend, inputs, case)
+            if outcome.status == "ok":
+                found.append(path.to_json())
+            else:
+                self._timed.setdefault(case, []).append(outcome)
+                self._write_rows(case)
+        self.results.save()
 
     def _time_alone(self, progress: Progress) -> None:
         settings, soloists = self.settings, self._soloists()

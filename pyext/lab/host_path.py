@@ -2,14 +2,14 @@
 
 Each part is the difference of two calls that differ in it alone; all of an op's calls are timed
 interleaved. So the parts add up to the whole call, and a part below the clock's noise may come out
-a little below 0.
+a little below 0. Who calls ``host_path`` has verified the op on that shape.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class HostPath:
     call_s: float
     """Median seconds of the whole call."""
     eager_s: float
-    """The same of ``eager``, interleaved with it."""
+    """The same of the op's baseline, interleaved with it."""
     parts_s: dict[str, float]
     """Part -> seconds; their sum is ``call_s``."""
 
@@ -56,11 +56,16 @@ class HostPath:
         return asdict(self)
 
 
-def small_shape(op: registry.Op, device: str) -> tuple[int, ...]:
-    """The op's smallest benchmark shape; with several extents none above 16."""
-    shapes = op.benchmark_shapes[torch.device(device).type]["quick"]
-    smallest = min(shapes, key=lambda shape: op.cost(op.directions[-1], shape, 4).bytes)
-    return smallest if len(smallest) == 1 else tuple(min(each, 16) for each in smallest)
+def small_case(op: registry.Op, dtype: str, device: str) -> Case:
+    """A forward and backward, or a step, so small that its kernels do not hide the rest.
+
+    Of the first of the op's benchmark shapes, with 2^12 elements at most, and of several extents
+    none above 16.
+    """
+    first, *_ = op.benchmark_shapes[torch.device(device).type]["quick"]
+    most = 2**12 if len(first) == 1 else 16
+    shape = tuple(min(each, most) for each in first)
+    return Case(op.name, op.directions[-1], shape, dtype, device)
 
 
 RawCall = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -86,25 +91,19 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-def host_path(
-    op: registry.Op, shape: Sequence[int], dtype: str, device: str, backend: str, effort: Effort
-) -> HostPath:
+def host_path(case: Case, inputs: Inputs, backend: str, effort: Effort) -> HostPath:
     """Times one op's call and its parts.
 
     Args:
-        op: the op.
-        shape: small, or the kernel is all that is seen.
-        dtype: such as ``"float32"``.
-        device: where the tensors are.
-        backend: one that has raw ops and is available there.
+        case: ``small_case``, or the kernel is all that is seen.
+        inputs: its tensors.
+        backend: one that has raw ops and is available on the case's device.
         effort: how long, for each of the calls that are timed.
     """
-    direction = op.directions[-1]
-    case = Case(op.name, direction, tuple(shape), dtype, device)
-    inputs = Inputs(op, case, seed=0)
+    op, device = inputs.op, case.device
     function = functools.partial(op.function, backend=backend)
     forward, backward = _recorded(op, function, inputs, backend)
-    empty = Inputs(op, Case(op.name, direction, (0, *shape[1:]), dtype, device), seed=0)
+    empty = Inputs(op, replace(case, shape=(0, *case.shape[1:])), seed=0)
     empty_forward, empty_backward = _recorded(op, function, empty, backend)
 
     calls: dict[str, Callable[[], Any]] = {
@@ -114,9 +113,9 @@ def host_path(
     }
     subjects = [_subject(device, name, call) for name, call in calls.items()]
     if op.is_step:
-        whole, eager = (StepCall(each, inputs.args) for each in (function, op.eager))
+        whole, eager = (StepCall(each, inputs.args) for each in (function, op.baseline))
     else:
-        whole, eager = (_both(each, inputs) for each in (function, op.eager))
+        whole, eager = (_both(each, inputs) for each in (function, op.baseline))
         recording = _both(function, inputs, "forward").call
         args = tuple(a.detach() if torch.is_tensor(a) else a for a in inputs.args)
         subjects += [
@@ -148,7 +147,7 @@ def host_path(
         }
     ordered = {name: parts[name] for name in PARTS if name in parts}
     return HostPath(
-        op.name, case.shape, dtype, device, backend, median["whole"], median["eager"], ordered
+        op.name, case.shape, case.dtype, device, backend, median["whole"], median["eager"], ordered
     )
 
 
@@ -162,9 +161,9 @@ def _recorded(
     """The raw ops that the forward (or the step) and the backward of one call run."""
     forward, backward = (_Recorder(BACKENDS[backend].namespace) for _ in range(2))
     if op.is_step:
-        args = StepCall(function, inputs.args)
+        step = StepCall(function, inputs.args)
         with forward:
-            args.call()
+            step.call()
         return forward, backward
     with forward:
         out = function(*inputs.args)

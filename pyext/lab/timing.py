@@ -60,6 +60,12 @@ def build(name: str, inputs: Inputs, case: Case, peers: Peers) -> Variant | Outc
         return _failed(name, kind, error)
 
 
+def verified(backend: str, inputs: Inputs, case: Case) -> Outcome:
+    """Whether a backend is right on the case, through the call that would be timed."""
+    built = build(backend, inputs, case, Peers())
+    return built if isinstance(built, Outcome) else _verified(built, inputs)
+
+
 def time_case(
     case: Case, inputs: Inputs, names: Iterable[str], peers: Peers, effort: Effort, seed: int
 ) -> list[Outcome]:
