@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
-from pyext.lab import environment
 from pyext.lab.results import replace_file
 from pyext.workloads import mnist_fast
 from pyext.workloads.compare import FLOAT64_LIMIT
+from pyext.workloads.engine import Diverged
 from pyext.workloads.mnist_fast import FastHyperParameters, FastRun, Resident
 
 SCHEMA = "pyext-lab/fast-recipe/1"
@@ -47,6 +46,8 @@ class Outcome:
     backend: str
     runs: tuple[FastRun, ...]
     interrupted: bool
+    diverged: str = ""
+    """What became of the seed that ended the runs because its loss was not finite."""
 
     @property
     def accuracy(self) -> Spread:
@@ -58,7 +59,9 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        """Enough seeds for a claim, and their mean is below the target."""
+        """A seed diverged; or enough seeds for a claim, and their mean is below the target."""
+        if self.diverged:
+            return True
         enough = len(self.runs) >= SEEDS_OF_A_CLAIM
         return enough and self.accuracy.mean < mnist_fast.TARGET_ACCURACY
 
@@ -79,13 +82,10 @@ def run_seeds(
     backend: str = "eager",
     on_run: Callable[[FastRun], None] = lambda run: None,
 ) -> Outcome:
-    """Trains with `hyper.seed`, `hyper.seed + 1`, …; Ctrl-C ends it and keeps the finished runs.
-
-    Raises:
-        Diverged: as `mnist_fast.train` does.
-    """
+    """Trains with `hyper.seed`, `hyper.seed + 1`, …; a loss that is not finite or Ctrl-C ends it
+    and keeps the finished runs."""
     runs: list[FastRun] = []
-    interrupted = False
+    interrupted, diverged = False, ""
     try:
         for seed in range(hyper.seed, hyper.seed + seeds):
             runs.append(
@@ -94,7 +94,9 @@ def run_seeds(
             on_run(runs[-1])
     except KeyboardInterrupt:
         interrupted = True
-    return Outcome(hyper, backend, tuple(runs), interrupted)
+    except Diverged as error:
+        diverged = str(error)
+    return Outcome(hyper, backend, tuple(runs), interrupted, diverged)
 
 
 def table(title: str, outcome: Outcome) -> Table:
@@ -148,7 +150,7 @@ def save(
 
     Args:
         load_s: seconds of reading the data and bringing it, normalised, to the device.
-        described: `describe` of before the runs.
+        described: `environment.describe` of before the runs, whose load average is that of others.
         swapped: the modules that the backend's took the place of.
     """
     model = mnist_fast.FastCNN()
@@ -156,6 +158,7 @@ def save(
         "schema": SCHEMA,
         "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "interrupted": outcome.interrupted,
+        "diverged": outcome.diverged,
         "data": data_title,
         "backend": outcome.backend,
         "swapped": list(swapped),
@@ -169,8 +172,3 @@ def save(
         "environment": described,
     }
     replace_file(path, json.dumps(contents, indent=1, allow_nan=False) + "\n")
-
-
-def describe(device: torch.device, hyper: FastHyperParameters, command: str) -> dict[str, Any]:
-    """The environment, to be taken before the runs: its load average is that of others."""
-    return environment.describe(device, hyper.seed, command)

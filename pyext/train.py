@@ -27,6 +27,7 @@ from rich.table import Table
 
 from pyext import _arguments, _fast_recipe
 from pyext.backends import BACKENDS, Backend, backends
+from pyext.lab import environment
 from pyext.workloads import data as datasets
 from pyext.workloads import engine, mnist_cnn, mnist_fast
 from pyext.workloads.engine import HyperParameters, TestResult, Training
@@ -121,7 +122,7 @@ def _train_fast(
         raise _Missing(f"--recipe fast measures time, and {backend} is interpreted here.")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    described = _fast_recipe.describe(device, hyper, _command(options))
+    described = environment.describe(device, hyper.seed, _command(options))
 
     start = time.perf_counter()
     data = _load("mnist", options, console)
@@ -148,7 +149,11 @@ def _train_fast(
         outcome = _fast_recipe.run_seeds(
             hyper, resident, seeds, backend=backend, on_run=lambda run: progress.advance(bar)
         )
+    if outcome.diverged:
+        errors.print(f"Stopped: {outcome.diverged}.", markup=False)
     if not outcome.runs:
+        if outcome.diverged:
+            return FAILED
         errors.print("Interrupted before the first seed was finished.")
         return INTERRUPTED
     console.print(_fast_recipe.table(data.title, outcome))

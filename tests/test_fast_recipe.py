@@ -358,6 +358,25 @@ def test_the_table_and_the_file(folder, capsys):
         ]  # fmt: skip
 
 
+@pytest.mark.parametrize("finished", [0, 2])
+def test_a_seed_that_diverges_keeps_those_before_it(folder, capsys, monkeypatch, finished):
+    def run(hyper, resident, backend):
+        if hyper.seed == 1 + finished:
+            raise mnist_fast.Diverged(f"the loss is nan after 7 steps with seed {hyper.seed}")
+        return _run(hyper.seed, 0.5)
+
+    monkeypatch.setattr(mnist_fast, "train", run)
+    path = folder / "fast.json"
+    code, out, err = _main(capsys, "--seeds", 4, "--json", path)
+    assert code == 1
+    assert f"Stopped: the loss is nan after 7 steps with seed {1 + finished}." in err
+    assert path.is_file() == ("mean over 2 seeds" in out) == (finished > 0)
+    if finished:
+        saved = json.loads(path.read_text())
+        assert [each["seed"] for each in saved["runs"]] == [1, 2]
+        assert saved["diverged"].startswith("the loss is nan")
+
+
 def test_validation_leaves_the_test_set_alone(folder, capsys, monkeypatch):
     path = folder / "fast.json"
     tested = []
