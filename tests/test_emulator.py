@@ -76,7 +76,7 @@ STABLE_TORCH_LIBRARY_IMPL(broken, CPU, m) {
 def scratch(tmp_path_factory):
     """A source tree with the emulator, what kernels share, and one file of broken kernels."""
     root = tmp_path_factory.mktemp("a folder")  # with a space in its path
-    for part in ("emulator", "cuda/common"):
+    for part in ("common", "emulator", "cuda/common"):
         shutil.copytree(ROOT / "csrc" / part, root / "csrc" / part)
     (root / "csrc" / "cuda" / "broken.cu").write_text(BROKEN)
     return root

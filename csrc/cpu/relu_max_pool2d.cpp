@@ -1,6 +1,6 @@
 // relu_max_pool2d on CPU tensors: schemas (for every device), launch and registration of the kernels
 // in relu_max_pool2d.h.
-#include "common/pooling.h"
+#include "../common/checked_pooling.h"
 #include "common/tensors.h"
 
 #define PYEXT_KERNELS "relu_max_pool2d.h"
@@ -9,49 +9,15 @@
 namespace pyext {
 namespace {
 
-using Sizes = std::vector<int64_t>;
-
-// What memory safety needs of the sizes; pyext/ops/relu_max_pool2d.py says it in better words.
-Pooling pooling(const char* op, int64_t height, int64_t width, const Sizes& kernel,
-                const Sizes& stride, const Sizes& padding) {
-  STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2, op,
-                  ": kernel_size, stride and padding are pairs");
-  for (int i = 0; i < 2; ++i)
-    STD_TORCH_CHECK(kernel[i] > 0 && kernel[i] <= kNowhere && stride[i] > 0 && padding[i] >= 0 &&
-                        2 * padding[i] <= kernel[i],
-                    op, ": kernel_size, stride or padding is out of range");
-  STD_TORCH_CHECK(kernel[0] * kernel[1] <= kNowhere, op, ": at most 255 elements to a window");
-  const auto windows = [&](int64_t n, int i) {
-    const int64_t last = n + 2 * padding[i] - kernel[i];
-    STD_TORCH_CHECK(n > 0 && last >= 0, op, ": a window does not fit into the input");
-    return last / stride[i] + 1;
-  };
-  return {height,    width,     windows(height, 0), windows(width, 1), kernel[0],
-          kernel[1], stride[0], stride[1],          padding[0],        padding[1]};
-}
-
-Sizes with_last_two(const Tensor& like, int64_t height, int64_t width) {
-  Sizes sizes = like.sizes().vec();
-  sizes[sizes.size() - 2] = height;
-  sizes[sizes.size() - 1] = width;
-  return sizes;
-}
-
-void check_planes(const char* op, const Tensor& t) {
-  STD_TORCH_CHECK(t.is_cpu() && t.dim() >= 2, op, ": operands are planes on the CPU");
-}
-
-void check_index(const char* op, const Tensor& index, const Sizes& sizes) {
-  STD_TORCH_CHECK(index.is_cpu() && index.scalar_type() == ScalarType::Byte &&
-                      index.sizes().vec() == sizes,
-                  op, ": index must be uint8 with one element for each window");
+void check_cpu(const char* op, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cpu(), op, ": operands are on the CPU");
 }
 
 std::tuple<Tensor, Tensor> relu_max_pool2d_forward(Tensor input, Sizes kernel, Sizes stride,
                                                    Sizes padding) {
   const char* op = "relu_max_pool2d_forward";
-  check_planes(op, input);
-  const Pooling p = pooling(op, input.size(-2), input.size(-1), kernel, stride, padding);
+  check_cpu(op, input);
+  const Pooling p = checked_pooling(op, input, kernel, stride, padding);
   const Tensor flat = torch::stable::contiguous(input);
   const Sizes sizes = with_last_two(input, p.out_height, p.out_width);
   Tensor out = in_huge_pages(torch::stable::new_empty(input, sizes));
@@ -74,11 +40,9 @@ std::tuple<Tensor, Tensor> relu_max_pool2d_forward(Tensor input, Sizes kernel, S
 Tensor relu_max_pool2d_backward(Tensor grad, Tensor index, Sizes kernel, Sizes stride,
                                 Sizes padding, int64_t height, int64_t width) {
   const char* op = "relu_max_pool2d_backward";
-  check_planes(op, grad);
-  const Pooling p = pooling(op, height, width, kernel, stride, padding);
-  check_index(op, index, grad.sizes().vec());
-  STD_TORCH_CHECK(grad.size(-2) == p.out_height && grad.size(-1) == p.out_width, op,
-                  ": grad must have one element for each window");
+  check_cpu(op, grad);
+  const Pooling p = checked_unpooling(op, grad, height, width, kernel, stride, padding);
+  check_index(op, index, grad, p);
   const Tensor flat_grad = torch::stable::contiguous(grad);
   const Tensor flat_index = torch::stable::contiguous(index);
   Tensor grad_input =
@@ -102,9 +66,9 @@ Tensor relu_max_pool2d_backward(Tensor grad, Tensor index, Sizes kernel, Sizes s
 Tensor relu_max_pool2d_gather(Tensor input, Tensor index, Sizes kernel, Sizes stride,
                               Sizes padding) {
   const char* op = "relu_max_pool2d_gather";
-  check_planes(op, input);
-  const Pooling p = pooling(op, input.size(-2), input.size(-1), kernel, stride, padding);
-  check_index(op, index, with_last_two(input, p.out_height, p.out_width));
+  check_cpu(op, input);
+  const Pooling p = checked_pooling(op, input, kernel, stride, padding);
+  check_index(op, index, input, p);
   const Tensor flat = torch::stable::contiguous(input);
   const Tensor flat_index = torch::stable::contiguous(index);
   Tensor out = torch::stable::new_empty(input, index.sizes());

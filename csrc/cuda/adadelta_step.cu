@@ -29,7 +29,7 @@ void adadelta_step_op(const Tensor& param, const Tensor& grad, const Tensor& squ
   const OnDeviceOf device(param);
   Updated updated_param(param);
   Updated updated_square_avg(square_avg, updated_param), updated_acc_delta(acc_delta, updated_param);
-  const Tensor dense_grad = in_layout_of(updated_param.flat, grad);
+  const Tensor dense_grad = with_strides_of(updated_param.flat, grad);
   dispatch_floating(op, param.scalar_type(), [&](auto element) {
     using T = typename decltype(element)::type;
     adadelta_step(mutable_data<T>(updated_param.flat), const_data<T>(dense_grad),

@@ -27,7 +27,7 @@ Tensor dropout_seeded_op(const Tensor& input, const Tensor& seed, int64_t thresh
   std::vector<int64_t> sizes(input.dim());
   for (int64_t i = 0; i < input.dim(); ++i) sizes[i] = input.size(i);
   const Tensor out = torch::stable::new_empty(input, sizes);
-  const Tensor dense = in_layout_of(out, input);
+  const Tensor dense = with_strides_of(out, input);
   dispatch_floating("dropout_seeded", input.scalar_type(), [&](auto element) {
     using T = typename decltype(element)::type;
     dropout(const_data<T>(dense), const_data<int64_t>(seed), threshold, scale,

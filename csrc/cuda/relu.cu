@@ -30,7 +30,7 @@ PYEXT_REGISTER(relu_backward, __nv_bfloat16)
 Tensor relu_forward_op(const Tensor& x) {
   const OnDeviceOf device(x);
   const Tensor out = torch::stable::empty_like(x);
-  const Tensor dense = in_layout_of(out, x);
+  const Tensor dense = with_strides_of(out, x);
   dispatch_floating_or_integer("relu_forward", x.scalar_type(), [&](auto element) {
     using T = typename decltype(element)::type;
     relu_forward(const_data<T>(dense), mutable_data<T>(out), out.numel(), device.stream);
@@ -43,8 +43,8 @@ Tensor relu_backward_op(const Tensor& grad, const Tensor& out) {
   check_matches("relu_backward", "out", out, grad);
   const OnDeviceOf device(out);
   const Tensor grad_x = torch::stable::empty_like(out);
-  const Tensor dense_grad = in_layout_of(grad_x, grad);
-  const Tensor dense_out = in_layout_of(grad_x, out);
+  const Tensor dense_grad = with_strides_of(grad_x, grad);
+  const Tensor dense_out = with_strides_of(grad_x, out);
   dispatch_floating("relu_backward", out.scalar_type(), [&](auto element) {
     using T = typename decltype(element)::type;
     relu_backward(const_data<T>(dense_grad), const_data<T>(dense_out), mutable_data<T>(grad_x),

@@ -9,31 +9,12 @@
 // what lies beside it.
 #pragma once
 
+#include "../common/pooling.h"
 #include "common/elementwise.cuh"
 
 namespace pyext {
 
-constexpr int NOWHERE = 255;
 constexpr int VECTOR_PAIRS = 2;  // in flight for each thread
-
-// Where the windows lie in each plane (the last two dimensions) of a tensor.
-struct Pooling {
-  int64_t planes;
-  int64_t height, width;          // of a plane of the input
-  int64_t out_height, out_width;  // windows
-  int64_t kernel_height, kernel_width;
-  int64_t stride_height, stride_width;
-  int64_t padding_height, padding_width;
-
-  __host__ __device__ int64_t elements() const { return planes * height * width; }
-  __host__ __device__ int64_t windows() const { return planes * out_height * out_width; }
-
-  // Two by two, side by side: no window shares an element with another or hangs over the edge.
-  bool is_2x2() const {
-    return kernel_height == 2 && kernel_width == 2 && stride_height == 2 && stride_width == 2 &&
-           padding_height == 0 && padding_width == 0;
-  }
-};
 
 // The winner so far. As in PyTorch, the first of equal numbers wins, and the last NaN.
 template <class Acc>
@@ -48,7 +29,7 @@ struct Maximum {
     position = wins ? at : position;
   }
   __device__ __forceinline__ uint8_t index() const {
-    return static_cast<uint8_t>(value <= 0 ? NOWHERE : position);
+    return static_cast<uint8_t>(value <= 0 ? kNowhere : position);
   }
 };
 
@@ -143,7 +124,7 @@ __global__ void __launch_bounds__(ELEMENTWISE_THREADS)
     const int64_t x =
         window % p.out_width * p.stride_width - p.padding_width + position % kernel_width;
     const bool inside =
-        position != NOWHERE && y >= 0 && y < p.height && x >= 0 && x < p.width;
+        position != kNowhere && y >= 0 && y < p.height && x >= 0 && x < p.width;
     const T* plane = input + row / p.out_height * p.height * p.width;
     out[window] = inside ? plane[y * p.width + x] : from_accumulate<T>(0);
   });

@@ -21,6 +21,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "../../common/layout.h"
+
 namespace pyext {
 
 using torch::headeronly::ScalarType;
@@ -77,52 +79,6 @@ inline void check_like(const char* op, const Tensor& a, const Tensor& b) {
   STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), op, ": operands differ in dtype");
   STD_TORCH_CHECK(b.is_cpu(), op, ": operands are on different devices");
 }
-
-// Whether two tensors of the same sizes put every element at the same offset.
-inline bool same_offsets(const Tensor& a, const Tensor& b) {
-  const auto sizes = a.sizes(), a_strides = a.strides(), b_strides = b.strides();
-  for (size_t d = 0; d < sizes.size(); ++d)
-    if (sizes[d] > 1 && a_strides[d] != b_strides[d]) return false;
-  return true;
-}
-
-// `t` itself if its strides are `like`'s, else a copy that has them: kernels then walk both flat.
-inline Tensor with_strides_of(const Tensor& like, const Tensor& t) {
-  if (same_offsets(like, t)) return t;
-  Tensor copy = torch::stable::empty_like(like);
-  torch::stable::copy_(copy, t);
-  return copy;
-}
-
-// Whether the elements lie in one run of memory, each once, in whatever order of the dimensions.
-inline bool is_dense(const Tensor& t) {
-  if (t.is_contiguous()) return true;
-  const auto sizes = t.sizes(), strides = t.strides();
-  std::vector<std::pair<int64_t, int64_t>> steps;
-  for (size_t d = 0; d < sizes.size(); ++d)
-    if (sizes[d] > 1) steps.emplace_back(strides[d], sizes[d]);
-  std::sort(steps.begin(), steps.end());
-  int64_t run = 1;
-  for (const auto& [stride, size] : steps) {
-    if (stride != run) return false;
-    run *= size;
-  }
-  return true;
-}
-
-// A tensor that a kernel updates by walking it flat: the tensor itself where it is dense and laid out
-// like `like`, else a dense copy, whose values write_back() takes home.
-struct __attribute__((visibility("hidden"))) Updated {
-  Tensor home, flat;
-
-  explicit Updated(const Tensor& t)
-      : home(t), flat(is_dense(t) ? t : with_strides_of(torch::stable::empty_like(t), t)) {}
-  Updated(const Tensor& t, const Updated& like) : home(t), flat(with_strides_of(like.flat, t)) {}
-
-  void write_back() {
-    if (flat.get() != home.get()) torch::stable::copy_(home, flat);
-  }
-};
 
 // Outputs from this size on leave the caches before anyone reads them (a core's share of L3 is 16
 // MiB here), so they are written past them.

@@ -19,6 +19,8 @@
 #include <utility>
 #include <vector>
 
+#include "../../common/layout.h"
+
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 #define PYEXT_CHECK_CUDA(call) STD_CUDA_CHECK(call)
@@ -167,58 +169,6 @@ inline bool same_sizes(const Tensor& a, const Tensor& b) {
   }
   return true;
 }
-
-// Whether element i of one tensor's memory is element i of the other's, given equal sizes.
-inline bool same_layout(const Tensor& a, const Tensor& b) {
-  for (int64_t i = 0; i < a.dim(); ++i) {
-    if (a.size(i) != 1 && a.stride(i) != b.stride(i)) return false;
-  }
-  return true;
-}
-
-// `tensor` itself, or a copy of it laid out like the dense tensor `dense`.
-inline Tensor in_layout_of(const Tensor& dense, const Tensor& tensor) {
-  if (same_layout(dense, tensor)) return tensor;
-  Tensor copy = torch::stable::empty_like(dense);
-  torch::stable::copy_(copy, tensor);
-  return copy;
-}
-
-// Whether the elements lie in one run of memory, each once, in whatever order of the dimensions.
-inline bool is_dense(const Tensor& tensor) {
-  if (tensor.is_contiguous()) return true;
-  std::vector<std::pair<int64_t, int64_t>> steps;
-  for (int64_t i = 0; i < tensor.dim(); ++i) {
-    if (tensor.size(i) > 1) steps.emplace_back(tensor.stride(i), tensor.size(i));
-  }
-  std::sort(steps.begin(), steps.end());
-  int64_t run = 1;
-  for (const auto& [stride, size] : steps) {
-    if (stride != run) return false;
-    run *= size;
-  }
-  return true;
-}
-
-// A tensor that a kernel updates by walking it flat: the tensor itself where it is dense and laid
-// out like `like`, else a dense copy, whose values write_back() takes home.
-class Updated {
- public:
-  explicit Updated(const Tensor& tensor)
-      : flat(is_dense(tensor) ? tensor : in_layout_of(torch::stable::empty_like(tensor), tensor)),
-        home_(tensor) {}
-  Updated(const Tensor& tensor, const Updated& like)
-      : flat(in_layout_of(like.flat, tensor)), home_(tensor) {}
-
-  void write_back() {
-    if (flat.get() != home_.get()) torch::stable::copy_(home_, flat);
-  }
-
-  const Tensor flat;
-
- private:
-  Tensor home_;
-};
 
 inline void check_matches(const char* op, const char* name, const Tensor& tensor,
                           const Tensor& reference) {

@@ -18,7 +18,7 @@ from pathlib import Path
 from pyext.lab.mutants.patches import Edit, Mutant
 
 SOURCES = {
-    "cpp": ("csrc/cpu/**/*.cpp", "csrc/cpu/**/*.h"),
+    "cpp": ("csrc/cpu/**/*.cpp", "csrc/cpu/**/*.h", "csrc/common/**/*.h"),
     "cuda": ("csrc/cuda/**/*.cu", "csrc/cuda/**/*.cuh"),
     "triton": ("kernels/*.py",),
 }

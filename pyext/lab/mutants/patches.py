@@ -75,6 +75,7 @@ class Mutant:
 
 WAYS = {
     "csrc/cpu/": "cpp",
+    "csrc/common/": "cpp",  # of both; the C++ tests are the faster ones
     "csrc/cuda/": "cuda",
     "kernels/": "triton",
     "pyext/": "python",
