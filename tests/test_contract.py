@@ -473,11 +473,12 @@ def test_sgd_steps_are_single_steps_to_the_bit(backend, device, dtype, shape):
 @pytest.mark.parametrize(("backend", "device"), WITH_EAGER)
 def test_no_sgd_step_changes_nothing(backend, device):
     x, y, w1, w2 = (torch.randn(s, device=device) for s in ((5, 4), (5, 2), (4, 3), (3, 2)))
-    before = w1.clone(), w2.clone()
+    before, versions = (w1.clone(), w2.clone()), (w1._version, w2._version)
     assert P.two_layer_sgd_steps(x, y, w1, w2, 0.1, 0, backend=backend).shape == (0,)
     none = x[None][:0], y[None][:0]
     assert P.two_layer_sgd_steps(*none, w1, w2, 0.1, backend=backend).shape == (0,)
     assert torch.equal(w1, before[0]) and torch.equal(w2, before[1])
+    assert (w1._version, w2._version) == versions
 
 
 @pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)

@@ -175,6 +175,16 @@ def updatable_in_place(op: str, updated: dict[str, torch.Tensor], **read: torch.
                 )
 
 
+def count_update(*updated: torch.Tensor) -> None:
+    """Bumps the version counters of what a raw op has updated in place.
+
+    The stable ABI does not count what it mutates, and a stale saved tensor must be an error.
+    (``torch.compile`` functionalizes the op and counts by itself.)
+    """
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(updated)
+
+
 def _overlaps_itself(value: torch.Tensor) -> bool:
     """Whether two indices may share an address: a stride is within the run of the shorter ones."""
     if value.is_contiguous():

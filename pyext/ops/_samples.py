@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -33,8 +34,8 @@ def layouts(
         yield name, normal(shape, device, dtype, seed).requires_grad_(requires_grad)
     for name, make in STRIDES.items():
         yield name, make((6, 9), device, dtype, seed).requires_grad_(requires_grad)
-    channels_last = normal((2, 3, 4, 5), device, dtype, seed).to(memory_format=torch.channels_last)
-    yield "channels_last", channels_last.requires_grad_(requires_grad)
+    inner_channels = channels_last((2, 3, 4, 5), device, dtype, seed)
+    yield "channels_last", inner_channels.requires_grad_(requires_grad)
 
 
 def _contiguous(shape, device, dtype, seed=0):
@@ -42,20 +43,25 @@ def _contiguous(shape, device, dtype, seed=0):
 
 
 def _transposed(shape, device, dtype, seed=0):
-    return normal(shape[::-1], device, dtype, seed).t()
+    return normal(shape[::-1], device, dtype, seed).permute(*reversed(range(len(shape))))
 
 
 def _sliced(shape, device, dtype, seed=0):
-    return normal((2 * shape[0], 3 * shape[1]), device, dtype, seed)[::2, 1::3]
+    *outer, rows, columns = shape
+    return normal((*outer, 2 * rows, 3 * columns), device, dtype, seed)[..., ::2, 1::3]
 
 
 def _expanded(shape, device, dtype, seed=0):
-    return normal((shape[0], 1), device, dtype, seed).expand(shape)
+    return normal((*shape[:-1], 1), device, dtype, seed).expand(shape)
 
 
 def _unaligned(shape, device, dtype, seed=0):
-    rows, columns = shape
-    return normal((rows * columns + 1,), device, dtype, seed)[1:].view(shape)
+    return normal((math.prod(shape) + 1,), device, dtype, seed)[1:].view(shape)
+
+
+def channels_last(shape, device, dtype, seed=0):
+    """A 4-d tensor whose second dimension lies innermost."""
+    return normal(shape, device, dtype, seed).to(memory_format=torch.channels_last)
 
 
 STRIDES = {
@@ -65,7 +71,8 @@ STRIDES = {
     "expanded": _expanded,
     "unaligned": _unaligned,
 }
-"""Name -> maker of a 2-d tensor ``(shape, device, dtype, seed)`` with those strides."""
+"""Name -> maker of a tensor ``(shape, device, dtype, seed)`` of two or more dimensions with those
+strides."""
 
 
 def special_values(device, dtype, repeat: int = 1) -> torch.Tensor:

@@ -84,10 +84,7 @@ def update(backend: Backend, param, grad, square_avg, acc_delta, *rates: float) 
     if backend.namespace is None:
         return eager(param, grad, square_avg, acc_delta, *rates)
     backend.raw.adadelta_step(param, grad, square_avg, acc_delta, *rates)
-    # The stable ABI does not count what it mutates, and a stale saved tensor must be an error.
-    # (torch.compile functionalizes the op and counts by itself.)
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version((param, square_avg, acc_delta))
+    _checks.count_update(param, square_avg, acc_delta)
 
 
 def checked_rates(lr, rho, eps, weight_decay) -> tuple[float, float, float, float]:
@@ -169,11 +166,8 @@ def sample_inputs(device, dtype, requires_grad=False) -> Iterator[SampleInput]:
     for name, make in _samples.STRIDES.items():
         if name != "expanded":
             yield SampleInput(_operands((6, 9), device, dtype, (make,) * 4), name=name)
-    channels_last = (
-        each.to(memory_format=torch.channels_last)
-        for each in _operands((2, 3, 4, 5), device, dtype)
-    )
-    yield SampleInput(tuple(channels_last), name="channels_last")
+    makes = (_samples.channels_last,) * 4
+    yield SampleInput(_operands((2, 3, 4, 5), device, dtype, makes), name="channels_last")
     for name, strides in {
         "each_its_strides": ("transposed", "sliced", "contiguous", "unaligned"),
         "param_sliced": ("sliced", "contiguous", "transposed", "sliced"),

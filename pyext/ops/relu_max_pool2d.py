@@ -246,7 +246,8 @@ def sample_inputs(device, dtype, requires_grad=False) -> Iterator[SampleInput]:
     yield made("gaps", (1, 1, 7, 5), 2, 3)
     yield made("one", (1, 1, 1), 1)
     yield made("empty_batch", (0, 3, 4, 4), 2)
-    for name, make in _LAYOUTS.items():
+    layouts = {**_samples.STRIDES, "channels_last": _samples.channels_last}
+    for name, make in layouts.items():
         yield made(name, (2, 2, 4, 6), 2, make=make)
     # Every lane of a vector, and edges that no window reaches.
     many = {"gradcheckable": False}
@@ -264,36 +265,6 @@ def _special(shape, device, dtype, seed=0) -> torch.Tensor:
     values = torch.cat([special, ties, ties])
     generator = torch.Generator().manual_seed(seed)
     return values[torch.randint(len(values), shape, generator=generator).to(device)]
-
-
-def _channels_last(shape, device, dtype, seed=0) -> torch.Tensor:
-    return _samples.normal(shape, device, dtype, seed).to(memory_format=torch.channels_last)
-
-
-def _transposed(shape, device, dtype, seed=0) -> torch.Tensor:
-    return _samples.normal(shape[::-1], device, dtype, seed).permute(3, 2, 1, 0)
-
-
-def _sliced(shape, device, dtype, seed=0) -> torch.Tensor:
-    *outer, width = shape
-    return _samples.normal((*outer, 2 * width + 1), device, dtype, seed)[..., 1::2]
-
-
-def _expanded(shape, device, dtype, seed=0) -> torch.Tensor:
-    return _samples.normal((*shape[:-1], 1), device, dtype, seed).expand(shape)
-
-
-def _unaligned(shape, device, dtype, seed=0) -> torch.Tensor:
-    return _samples.normal((math.prod(shape) + 1,), device, dtype, seed)[1:].view(shape)
-
-
-_LAYOUTS = {
-    "channels_last": _channels_last,
-    "transposed": _transposed,
-    "sliced": _sliced,
-    "expanded": _expanded,
-    "unaligned": _unaligned,
-}
 
 
 def error_inputs(device) -> Iterator[ErrorInput]:

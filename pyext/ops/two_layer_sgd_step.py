@@ -60,10 +60,7 @@ def two_layer_sgd_step(
     lr = _checks.learning_rate(op, lr)
     if isinstance(x, torch.Tensor) and x.dim() != 2:  # y has x's leading dimensions, so it, too
         raise RuntimeError(f"{op}(): argument 'x' must be a matrix, but has shape {tuple(x.shape)}")
-    operands = _two_layer.check(op, x, w1, w2, y=y)
-    _checks.no_transforms(op, x, y, w1, w2)
-    _checks.same_floating_dtype(op, **operands)
-    _checks.updatable_in_place(op, {"w1": w1, "w2": w2}, x=x, y=y)
+    check_operands(op, x, y, w1, w2)
     chosen = select(backend, x.device, op)
     if chosen.namespace is None:
         with torch.autocast(x.device.type, enabled=False):
@@ -73,11 +70,20 @@ def two_layer_sgd_step(
             loss = chosen.raw.two_layer_sgd_step(x, y, w1, w2, lr)
     else:
         loss = chosen.raw.two_layer_sgd_step(x, y, w1, w2, lr)
-    # The stable ABI does not count what it mutates, and a stale saved tensor must be an error.
-    # (torch.compile functionalizes the op and counts by itself.)
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version((w1, w2))
+    _checks.count_update(w1, w2)
     return loss
+
+
+def check_operands(op: str, x, y, w1, w2) -> None:
+    """Refuses what does not agree, or weights that cannot be updated in place, for ``op``.
+
+    Raises:
+        TypeError, RuntimeError, NotImplementedError: as :func:`two_layer_sgd_step` documents.
+    """
+    operands = _two_layer.check(op, x, w1, w2, y=y)
+    _checks.no_transforms(op, x, y, w1, w2)
+    _checks.same_floating_dtype(op, **operands)
+    _checks.updatable_in_place(op, {"w1": w1, "w2": w2}, x=x, y=y)
 
 
 def eager(x, y, w1, w2, lr) -> torch.Tensor:

@@ -58,19 +58,16 @@ def two_layer_sgd_steps(
             f"{op}(): argument 'x' must be a batch (2-d) or a batch for each step (3-d), but has "
             f"shape {tuple(x.shape)}"
         )
-    operands = _two_layer.check(op, x, w1, w2, y=y)
+    two_layer_sgd_step.check_operands(op, x, y, w1, w2)
     steps = _number_of_steps(op, steps, x)
-    _checks.no_transforms(op, x, y, w1, w2)
-    _checks.same_floating_dtype(op, **operands)
-    _checks.updatable_in_place(op, {"w1": w1, "w2": w2}, x=x, y=y)
     chosen = select(backend, x.device, op)
     if chosen.namespace is None:
         with torch.autocast(x.device.type, enabled=False):
             return eager(x, y, w1, w2, lr, steps)
     with torch.no_grad():
         losses = chosen.raw.two_layer_sgd_steps(x, y, w1, w2, lr, steps)
-    if not torch.compiler.is_compiling():  # as in two_layer_sgd_step
-        torch.autograd.graph.increment_version((w1, w2))
+    if steps:
+        _checks.count_update(w1, w2)
     return losses
 
 
