@@ -30,14 +30,14 @@ def block_size(n):
     return min(triton.next_power_of_2(n), 1 << 16) if INTERPRETED else 4 * 32 * WARPS
 
 
-def _pooling_limits(specialised, loaded, out):
+def _pooling_limits(specialised, loaded, out, spill_bytes=0):
     """Element by element: neighbouring threads, not one thread, take what lies side by side.
 
     A thread stores its four results at once where the last program has no odd end. shared_bytes:
     float64 results change threads on their way to that. registers: 44 to 72 with windows of 2 x 2;
-    16 elements in flight for each of four results take more. spill_bytes: dividing 64-bit numbers
-    is a subroutine, and around its eight calls sm_80 saves an address of some windows (in the
-    machine code, one STL before the first CALL and one LDL after the last).
+    16 elements in flight for each of four results take more. spill_bytes, of forward and gather:
+    dividing 64-bit numbers is a subroutine, and around its eight calls sm_80 saves an address of
+    some windows (in the machine code, one STL before the first CALL and one LDL after the last).
     """
     itemsize = specialised.itemsize(out)
     whole = specialised.aligned(out, "n")
@@ -46,7 +46,7 @@ def _pooling_limits(specialised, loaded, out):
         load_bytes=specialised.itemsize(loaded),
         store_bytes=min(4 * itemsize, 16) if whole else itemsize,
         shared_bytes=specialised.constants["BLOCK"] * itemsize,
-        spill_bytes=8,
+        spill_bytes=spill_bytes,
     )
 
 
@@ -64,7 +64,7 @@ def _offer(
     return tl.where(wins, value, best), tl.where(wins, position, winner)
 
 
-@limits(lambda specialised: _pooling_limits(specialised, "input", "out"))
+@limits(lambda specialised: _pooling_limits(specialised, "input", "out", spill_bytes=8))
 @triton.jit
 def _relu_max_pool2d_forward_kernel(
     input,
@@ -173,7 +173,7 @@ def _relu_max_pool2d_backward_kernel(
     tl.store(grad_input + element, rounded(total, grad_input.dtype.element_ty), mask=inside)
 
 
-@limits(lambda specialised: _pooling_limits(specialised, "input", "out"))
+@limits(lambda specialised: _pooling_limits(specialised, "input", "out", spill_bytes=8))
 @triton.jit
 def _relu_max_pool2d_gather_kernel(
     input,
