@@ -302,15 +302,14 @@ _OPS = {
 
 def _target(module: nn.Module) -> type[nn.Module] | None:
     """The lab's class for this module, also where something else will keep it from becoming one."""
-    for target in (ReLU, Dropout, MSELoss):
-        if isinstance(module, target.__base__):
+    for target in _OPS:
+        if target not in _FUSABLE and isinstance(module, target.__base__):
             return target
     if isinstance(module, nn.Sequential):
-        for target, kinds in _FUSABLE.items():
-            inner = tuple(module._modules.values())
-            if len(inner) == len(kinds) and all(
-                map(isinstance, inner, (each[0] for each in kinds))
-            ):
+        inner = tuple(module._modules.values())
+        for target, parts in _FUSABLE.items():
+            kinds = [names[0] for names in parts]
+            if len(inner) == len(kinds) and all(map(isinstance, inner, kinds)):
                 return target
     return None
 

@@ -30,7 +30,7 @@ from pyext.lab import check
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # By the last of the names in a shape. Elementwise: vectors only, and a tail. Networks: K split into
 # parts, and outputs of (1024, 1024) and more, for which the largest tiles are taken. Pooling: rows
-# of whole vectors, and windows that overlap none of them.
+# of whole vectors, and windows of three by three that leave a rest.
 EXTRA_SHAPES = {
     "n": ((4096,), (1001,)),
     "out": ((64, 1000, 100, 10), (1024, 1024, 1024, 8), (2048, 16, 16, 1024)),

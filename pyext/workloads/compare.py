@@ -555,8 +555,8 @@ def _swapped_events(training: Training) -> dict[str, tuple[str, ...]]:
     kinds = {
         type(module) for root in (training.model, training.criterion) for module in root.modules()
     }
-    kinds &= {nn.ReLU, nn.Dropout, nn.MSELoss, nn.MaxPool2d}
     kinds.add(type(training.optimizer))
+    kinds.discard(nn.Linear)  # alone it stays what it is
     fused = [m for m in training.model.modules() if type(m) is nn.Sequential and len(m) == 3]
     if fused:
         kinds.add(nn.Linear)

@@ -77,7 +77,7 @@ CHECKS = {
         "triton",
     ),
     "python": Checks(
-        (*_OPS, "tests/test_nn.py", "tests/test_backends.py"),
+        (*_OPS, "tests/test_nn.py", "tests/test_optim.py", "tests/test_backends.py"),
         "not triton and not emulated",
         ("cpp",),
         "extension",
@@ -85,15 +85,17 @@ CHECKS = {
 }
 """Way -> its tests."""
 
+_OP_FILES = Path(__file__).parents[2] / "ops"
 # Files that several ops share -> which tests show first what is wrong with them.
 _SHARED = {
     "elementwise": "relu",
     "reduce": "mse_loss",
     "reduction": "mse_loss",
     "autograd": "mse_loss",
-    "pooling": "relu_max_pool2d",
+    "cooperative_sgd": "sgd_step",
     "checks": "sgd_step",
     "nn": "test_nn",
+    "optim": "test_optim",
     "backends": "test_backends",
 }
 
@@ -101,7 +103,7 @@ _SHARED = {
 def first_of(mutant: Mutant) -> str:
     """A word in the names of the tests that come first."""
     stem = Path(mutant.path).stem.lstrip("_")
-    if stem.startswith(("adadelta_step", "relu", "mse_loss", "two_layer_")):
+    if (_OP_FILES / f"{stem}.py").is_file():  # an op's files bear its name
         return stem
     return _SHARED.get(stem, "two_layer")
 
