@@ -50,11 +50,11 @@ double sum_of_squared_errors(const T* input, const T* target, int64_t n, int64_t
 Tensor mse_loss_forward(const Tensor& input, const Tensor& target, int64_t reduction) {
   check_like("mse_loss_forward", input, target);
   const int64_t n = input.numel();
-  const Tensor flat_input = torch::stable::contiguous(input);
-  const Tensor flat_target = torch::stable::contiguous(target);
+  const Tensor flat_input = in_one_run(input);
+  const Tensor flat_target = in_one_run(target);
   Tensor out = reduction == kNone
-                   ? in_huge_pages(torch::stable::new_empty(input, input.sizes()))
-                   : empty_matrix(input, {});
+                   ? in_huge_pages(fresh(input, input.sizes()))
+                   : fresh(input, {});
   visit_floating(input.scalar_type(), "mse_loss_forward", [&]<class T>(Type<T>) {
     using Acc = Accumulate<T>;
     const T* input_data = flat_input.const_data_ptr<T>();
@@ -82,10 +82,10 @@ std::tuple<Tensor, Tensor> mse_loss_forward_backward(const Tensor& input, const 
   const char* op = "mse_loss_forward_backward";
   check_like(op, input, target);
   STD_TORCH_CHECK(reduction != kNone, op, ": needs a reduction");
-  const Tensor flat_input = torch::stable::contiguous(input);
-  const Tensor flat_target = torch::stable::contiguous(target);
-  Tensor loss = empty_matrix(input, {});
-  Tensor grad_input = in_huge_pages(torch::stable::new_empty(input, input.sizes()));
+  const Tensor flat_input = in_one_run(input);
+  const Tensor flat_target = in_one_run(target);
+  Tensor loss = fresh(input, {});
+  Tensor grad_input = in_huge_pages(fresh(input, input.sizes()));
   visit_floating(input.scalar_type(), op, [&]<class T>(Type<T>) {
     *loss.mutable_data_ptr<T>() = T(Accumulate<T>(sum_of_squared_errors<T>(
         flat_input.const_data_ptr<T>(), flat_target.const_data_ptr<T>(), input.numel(), reduction,
@@ -102,10 +102,10 @@ Tensor mse_loss_backward(const Tensor& grad, const Tensor& input, const Tensor& 
                   "mse_loss_backward: grad differs in device or dtype");
   STD_TORCH_CHECK(reduction == kNone || grad.numel() == 1, "mse_loss_backward: grad is not 0-d");
   const int64_t n = input.numel();
-  const Tensor flat_grad = torch::stable::contiguous(grad);
-  const Tensor flat_input = torch::stable::contiguous(input);
-  const Tensor flat_target = torch::stable::contiguous(target);
-  Tensor grad_input = in_huge_pages(torch::stable::new_empty(input, input.sizes()));
+  const Tensor flat_grad = in_one_run(grad);
+  const Tensor flat_input = in_one_run(input);
+  const Tensor flat_target = in_one_run(target);
+  Tensor grad_input = in_huge_pages(fresh(input, input.sizes()));
   visit_floating(input.scalar_type(), "mse_loss_backward", [&]<class T>(Type<T>) {
     using Acc = Accumulate<T>;
     const int64_t step = reduction == kNone ? 1 : 0;

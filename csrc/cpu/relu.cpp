@@ -8,7 +8,7 @@ namespace pyext {
 namespace {
 
 Tensor relu_forward(const Tensor& x) {
-  Tensor out = in_huge_pages(torch::stable::empty_like(x));
+  Tensor out = in_huge_pages(fresh_like(x));
   const Tensor flat_x = with_strides_of(out, x);
   visit_real(x.scalar_type(), "relu_forward", [&]<class T>(Type<T>) {
     const T* x_data = flat_x.const_data_ptr<T>();
@@ -26,7 +26,7 @@ Tensor relu_forward(const Tensor& x) {
 
 Tensor relu_backward(const Tensor& grad, const Tensor& out) {
   check_like("relu_backward", out, grad);
-  Tensor grad_x = in_huge_pages(torch::stable::empty_like(out));
+  Tensor grad_x = in_huge_pages(fresh_like(out));
   const Tensor flat_grad = with_strides_of(grad_x, grad);
   const Tensor flat_out = with_strides_of(grad_x, out);
   visit_real(out.scalar_type(), "relu_backward", [&]<class T>(Type<T>) {

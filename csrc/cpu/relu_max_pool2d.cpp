@@ -18,9 +18,9 @@ std::tuple<Tensor, Tensor> relu_max_pool2d_forward(Tensor input, Sizes kernel, S
   const char* op = "relu_max_pool2d_forward";
   check_cpu(op, input);
   const Pooling p = checked_pooling(op, input, kernel, stride, padding);
-  const Tensor flat = torch::stable::contiguous(input);
+  const Tensor flat = in_one_run(input);
   const Sizes sizes = with_last_two(input, p.out_height, p.out_width);
-  Tensor out = in_huge_pages(torch::stable::new_empty(input, sizes));
+  Tensor out = in_huge_pages(fresh(input, sizes));
   Tensor index = torch::stable::new_empty(input, sizes, ScalarType::Byte);
   visit_floating(input.scalar_type(), op, [&]<class T>(Type<T>) {
     const T* from = flat.const_data_ptr<T>();
@@ -43,10 +43,10 @@ Tensor relu_max_pool2d_backward(Tensor grad, Tensor index, Sizes kernel, Sizes s
   check_cpu(op, grad);
   const Pooling p = checked_unpooling(op, grad, height, width, kernel, stride, padding);
   check_index(op, index, grad, p);
-  const Tensor flat_grad = torch::stable::contiguous(grad);
-  const Tensor flat_index = torch::stable::contiguous(index);
+  const Tensor flat_grad = in_one_run(grad);
+  const Tensor flat_index = in_one_run(index);
   Tensor grad_input =
-      in_huge_pages(torch::stable::new_empty(grad, with_last_two(grad, height, width)));
+      in_huge_pages(fresh(grad, with_last_two(grad, height, width)));
   visit_floating(grad.scalar_type(), op, [&]<class T>(Type<T>) {
     const T* grad_data = flat_grad.const_data_ptr<T>();
     const uint8_t* index_data = flat_index.const_data_ptr<uint8_t>();
@@ -69,9 +69,9 @@ Tensor relu_max_pool2d_gather(Tensor input, Tensor index, Sizes kernel, Sizes st
   check_cpu(op, input);
   const Pooling p = checked_pooling(op, input, kernel, stride, padding);
   check_index(op, index, input, p);
-  const Tensor flat = torch::stable::contiguous(input);
-  const Tensor flat_index = torch::stable::contiguous(index);
-  Tensor out = torch::stable::new_empty(input, index.sizes());
+  const Tensor flat = in_one_run(input);
+  const Tensor flat_index = in_one_run(index);
+  Tensor out = fresh(input, index.sizes());
   visit_floating(input.scalar_type(), op, [&]<class T>(Type<T>) {
     const T* from = flat.const_data_ptr<T>();
     const uint8_t* index_data = flat_index.const_data_ptr<uint8_t>();

@@ -11,8 +11,8 @@ std::tuple<Tensor, Tensor> two_layer_forward(const Tensor& x, const Tensor& w1, 
                                              const std::optional<Tensor>& b1,
                                              const std::optional<Tensor>& b2) {
   check_network("two_layer_forward", x, w1, w2, b1, b2);
-  Tensor hidden = empty_matrix(x, {x.size(0), w1.size(1)});
-  Tensor out = empty_matrix(x, {x.size(0), w2.size(1)});
+  Tensor hidden = fresh(x, {x.size(0), w1.size(1)});
+  Tensor out = fresh(x, {x.size(0), w2.size(1)});
   const Bias bias1(b1), bias2(b2);
   visit_floating(x.scalar_type(), "two_layer_forward", [&]<class T>(Type<T>) {
     using Acc = Accumulate<T>;
@@ -41,16 +41,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> two_layer_backward(
   if (grad_hidden) check_matrix(op, "grad_hidden", x, *grad_hidden, n, n_hidden);
 
   const auto if_needed = [&](bool needed, std::initializer_list<int64_t> sizes) {
-    return needed ? empty_matrix(x, sizes) : empty_matrix(x, {0});
+    return needed ? fresh(x, sizes) : fresh(x, {0});
   };
   Tensor grad_x = if_needed(need_x, {n, n_in});
   Tensor grad_w1 = if_needed(need_w1, {n_in, n_hidden});
   Tensor grad_w2 = if_needed(need_w2, {n_hidden, n_out});
   Tensor grad_b1 = if_needed(need_b1, {n_hidden});
   Tensor grad_b2 = if_needed(need_b2, {n_out});
-  const Tensor dense_hidden = torch::stable::contiguous(hidden);
+  const Tensor dense_hidden = in_one_run(hidden);
   const std::optional<Tensor> extra =
-      grad_hidden ? std::optional(torch::stable::contiguous(*grad_hidden)) : std::nullopt;
+      grad_hidden ? std::optional(in_one_run(*grad_hidden)) : std::nullopt;
 
   visit_floating(x.scalar_type(), op, [&]<class T>(Type<T>) {
     using Acc = Accumulate<T>;

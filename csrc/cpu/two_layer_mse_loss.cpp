@@ -14,9 +14,9 @@ std::tuple<Tensor, Tensor, Tensor> two_layer_mse_loss_forward(
   check_network(op, x, w1, w2, b1, b2);
   const int64_t n = x.size(0), n_out = w2.size(1);
   check_matrix(op, "y", x, y, n, n_out);
-  Tensor hidden = empty_matrix(x, {n, w1.size(1)});
-  Tensor error = empty_matrix(x, {n, n_out});
-  Tensor loss = reduction == kNone ? empty_matrix(x, {n, n_out}) : empty_matrix(x, {});
+  Tensor hidden = fresh(x, {n, w1.size(1)});
+  Tensor error = fresh(x, {n, n_out});
+  Tensor loss = reduction == kNone ? fresh(x, {n, n_out}) : fresh(x, {});
   const Bias bias1(b1), bias2(b2);
   visit_floating(x.scalar_type(), op, [&]<class T>(Type<T>) {
     using Acc = Accumulate<T>;

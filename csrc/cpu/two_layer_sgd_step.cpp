@@ -60,7 +60,7 @@ Tensor two_layer_sgd_step(const Tensor& x, const Tensor& y, const Tensor& w1, co
   const char* op = "two_layer_sgd_step";
   check_network(op, x, w1, w2, std::nullopt, std::nullopt);
   check_matrix(op, "y", x, y, x.size(0), w2.size(1));
-  Tensor loss = empty_matrix(x, {});
+  Tensor loss = fresh(x, {});
   visit_floating(x.scalar_type(), op, [&]<class T>(Type<T>) {
     *loss.mutable_data_ptr<T>() =
         sgd_step(view<T>(x), view<T>(y), mutable_view<T>(w1), mutable_view<T>(w2), lr);

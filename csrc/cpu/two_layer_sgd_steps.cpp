@@ -27,7 +27,7 @@ Tensor two_layer_sgd_steps(const Tensor& x, const Tensor& y, const Tensor& w1, c
                   ": there must be a batch for each step");
   check_matrix(op, "w1", x, w1, x.size(dim - 1), w1.size(1));
   check_matrix(op, "w2", x, w2, w1.size(1), w2.size(1));
-  Tensor losses = empty_matrix(x, {steps});
+  Tensor losses = fresh(x, {steps});
   visit_floating(x.scalar_type(), op, [&]<class T>(Type<T>) {
     for (int64_t step = 0; step < steps; ++step) {
       losses.mutable_data_ptr<T>()[step] = sgd_step(batch<T>(x, step), batch<T>(y, step),

@@ -12,8 +12,10 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
+from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import is_legacy_batchedtensor as _is_legacy_batchedtensor
 from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling
 
 Saved = tuple[tuple[Any, ...], tuple[Any, ...]]
 
@@ -69,9 +71,9 @@ class Differentiable:
         self._all.append(self)
 
     def __call__(self, raw, *inputs):
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self._shells[raw.name].compiled.apply(*inputs)
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return self._shells[raw.name].functional.apply(*inputs)
         if torch.is_grad_enabled():
             for each in inputs:  # not any(): its generator is 0.4 of a small call's 10 µs
@@ -134,11 +136,11 @@ def _make_shells(formulas: type[Formulas], raw) -> SimpleNamespace:
 
     def backward_by_gradient(ctx, *grads):
         gradient = vars(ctx).pop("gradient", None)  # at once: two threads may not both take it
-        differentiated = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-        # (is_grads_batched, which gradcheck uses too, is no functorch transform.)
-        other = any(grad is None or _is_legacy_batchedtensor(grad) for grad in grads)
-        if gradient is None or differentiated or other:
+        if gradient is None or torch.is_grad_enabled() or _are_functorch_transforms_active():
             return backward(ctx, *grads)
+        for grad in grads:  # (is_grads_batched, which gradcheck uses too, is no functorch transform)
+            if grad is None or _is_legacy_batchedtensor(grad):
+                return backward(ctx, *grads)
         ctx.saved_tensors  # noqa: B018 -- raises where the graph was freed or an input was changed
         return formulas.scaled(gradient, *grads)
 

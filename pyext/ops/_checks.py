@@ -8,6 +8,7 @@ import torch
 
 from pyext.registry import FLOATING_DTYPES
 
+_CPU = torch.device("cpu")
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 """PyTorch's own numbering (``torch.nn._reduction``), which the raw ops' schemas use."""
 
@@ -80,7 +81,7 @@ def broadcastable(op: str, **tensors: torch.Tensor) -> None:
 
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for tensors on ``device``."""
-    kind = device.type
+    kind = "cpu" if device == _CPU else device.type  # the latter costs a small call 3 of 46 µs
     return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 

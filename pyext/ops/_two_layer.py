@@ -45,49 +45,55 @@ def prepare(op: str, x, w1, w2, b1=None, b2=None, y=None) -> tuple:
     """
     given = check(op, x, w1, w2, b1, b2, y)
     device = x.device
-    if _checks.autocasts(device) and all(value.is_floating_point() for value in given.values()):
+    if _checks.autocasts(device) and all(value.is_floating_point() for value in given):
         dtype = torch.get_autocast_dtype(device.type)
-        given = {k: v if v.dtype == torch.float64 else v.to(dtype) for k, v in given.items()}
-    _checks.same_floating_dtype(op, **given)
+        x, w1, w2, b1, b2, y = (
+            value if value is None or value.dtype == torch.float64 else value.to(dtype)
+            for value in (x, w1, w2, b1, b2, y)
+        )
+    one_floating_dtype(op, x, w1, w2, b1, b2, y)
     if x.dim() != 2:
         rows = x.shape[:-1].numel()
-        given["x"] = given["x"].reshape(rows, w1.shape[0])
+        x = x.reshape(rows, w1.shape[0])
         if y is not None:
-            given["y"] = given["y"].reshape(rows, w2.shape[1])
-    return tuple(given.get(name) for name in ("x", "w1", "w2", "b1", "b2", "y"))
+            y = y.reshape(rows, w2.shape[1])
+    return x, w1, w2, b1, b2, y
 
 
-def check(op: str, x, w1, w2, b1=None, b2=None, y=None) -> dict[str, torch.Tensor]:
+def _named(x, w1, w2, b1, b2, y) -> dict[str, torch.Tensor]:
+    """The operands by name, for messages; those that may be absent only if they are there."""
+    optional = {"b1": b1, "b2": b2, "y": y}
+    return {"x": x, "w1": w1, "w2": w2} | {k: v for k, v in optional.items() if v is not None}
+
+
+def check(op: str, x, w1, w2, b1=None, b2=None, y=None) -> list[torch.Tensor]:
     """Checks that the operands are tensors, on one device and of fitting shapes; dtypes are not.
 
     Returns:
-        Those that are not None, by name.
+        Those that are not None.
     """
-    given = {"x": x, "w1": w1, "w2": w2}
-    if b1 is not None:
-        given["b1"] = b1
-    if b2 is not None:
-        given["b2"] = b2
-    if y is not None:
-        given["y"] = y
-    for name, value in given.items():
+    # What fits is seen here: a call for each would cost a small step 1 of 20 µs.
+    given = [x, w1, w2]
+    for value in (b1, b2, y):
+        if value is not None:
+            given.append(value)
+    device = x.device if isinstance(x, torch.Tensor) else None
+    for value in given:
         if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
-            _checks.tensor(op, name, value)
-    device = x.device
-    for value in given.values():
+            for name, each in _named(x, w1, w2, b1, b2, y).items():
+                _checks.tensor(op, name, each)
         if value.device != device:
-            _checks.same_device(op, **given)
+            _checks.same_device(op, **_named(x, w1, w2, b1, b2, y))
     x_shape, w1_shape, w2_shape = x.shape, w1.shape, w2.shape
     if not x_shape:
         raise RuntimeError(f"{op}(): argument 'x' must have at least one dimension, but is 0-d")
-    for name, shape in (("w1", w1_shape), ("w2", w2_shape)):
-        if len(shape) != 2:
-            raise RuntimeError(
-                f"{op}(): argument {name!r} must be a matrix, but has shape {tuple(shape)}"
-            )
+    if len(w1_shape) != 2 or len(w2_shape) != 2:
+        name, shape = ("w1", w1_shape) if len(w1_shape) != 2 else ("w2", w2_shape)
+        raise RuntimeError(
+            f"{op}(): argument {name!r} must be a matrix, but has shape {tuple(shape)}"
+        )
     n_in, n_hidden = w1_shape
     n_out = w2_shape[1]
-    # What fits is seen here: a call for each would cost a small step 1 of 20 µs.
     if x_shape[-1] != n_in:
         _checks.shape(op, "x", x, (*x_shape[:-1], n_in), "to be multiplied with 'w1'")
     if w2_shape[0] != n_hidden:
@@ -99,6 +105,15 @@ def check(op: str, x, w1, w2, b1=None, b2=None, y=None) -> dict[str, torch.Tenso
     if y is not None:
         _checks.shape(op, "y", y, (*x_shape[:-1], n_out), "to be compared with the output")
     return given
+
+
+def one_floating_dtype(op: str, x, w1, w2, b1=None, b2=None, y=None) -> None:
+    """``RuntimeError`` if dtypes differ, ``NotImplementedError`` if theirs is not floating."""
+    dtype = x.dtype
+    for value in (w1, w2, b1, b2, y):
+        if value is not None and value.dtype != dtype:
+            _checks.same_floating_dtype(op, **_named(x, w1, w2, b1, b2, y))
+    _checks.floating_dtype(op, "x", dtype)
 
 
 def mask(value: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor | None:

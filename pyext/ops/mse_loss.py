@@ -47,9 +47,13 @@ def mse_loss(
     _checks.tensor("mse_loss", "input", input)
     _checks.tensor("mse_loss", "target", target)
     number = _checks.reduction(reduction)
-    device = _checks.same_device("mse_loss", input=input, target=target)
-    dtype = torch.promote_types(input.dtype, target.dtype)
-    if _checks.autocasts(device) and dtype in (torch.bfloat16, torch.float16):
+    # What fits is seen here: calls that find it so would cost a small call 2 of 60 µs.
+    device, dtype = input.device, input.dtype
+    if target.device != device:
+        _checks.same_device("mse_loss", input=input, target=target)
+    if target.dtype != dtype:
+        dtype = torch.promote_types(dtype, target.dtype)
+    if dtype in (torch.bfloat16, torch.float16) and _checks.autocasts(device):
         dtype = torch.float32
     _checks.floating_dtype("mse_loss", "input", dtype)
     if input.shape != target.shape:

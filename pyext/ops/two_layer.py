@@ -44,14 +44,13 @@ def two_layer(
         NotImplementedError: a dtype (integers, for example) or layout that is not accepted.
         ValueError: an unknown ``backend``.
     """
-    leading = x.shape[:-1] if isinstance(x, torch.Tensor) else ()
-    x, w1, w2, b1, b2, _ = _two_layer.prepare("two_layer", x, w1, w2, b1, b2)
-    chosen = select(backend, x.device, "two_layer")
+    rows, w1, w2, b1, b2, _ = _two_layer.prepare("two_layer", x, w1, w2, b1, b2)
+    chosen = select(backend, rows.device, "two_layer")
     if chosen.namespace is None:
-        out = eager(x, w1, w2, b1, b2)
+        out = eager(rows, w1, w2, b1, b2)
     else:
-        out, _ = _two_layer_forward(chosen.raw, x, w1, w2, b1, b2)
-    return out if len(leading) == 1 else out.reshape(*leading, w2.shape[1])
+        out, _ = _two_layer_forward(chosen.raw, rows, w1, w2, b1, b2)
+    return out if x.dim() == 2 else out.reshape(*x.shape[:-1], w2.shape[1])
 
 
 def eager(x, w1, w2, b1=None, b2=None) -> torch.Tensor:
@@ -79,7 +78,7 @@ class _two_layer_forward:
         if grad_out is None:
             grad_out = hidden.new_zeros((x.shape[0], w2.shape[1]))
         grads = _two_layer.two_layer_backward(raw, grad_out, grad_hidden, x, w1, w2, hidden, *needs)
-        return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+        return tuple([grad if need else None for grad, need in zip(grads, needs, strict=True)])
 
     @staticmethod
     def jvp(raw, tensors, constants, *tangents):

@@ -80,9 +80,9 @@ def check_operands(op: str, x, y, w1, w2) -> None:
     Raises:
         TypeError, RuntimeError, NotImplementedError: as :func:`two_layer_sgd_step` documents.
     """
-    operands = _two_layer.check(op, x, w1, w2, y=y)
+    _two_layer.check(op, x, w1, w2, y=y)
     _checks.no_transforms(op, x, y, w1, w2)
-    _checks.same_floating_dtype(op, **operands)
+    _two_layer.one_floating_dtype(op, x, w1, w2, y=y)
     _checks.updatable_in_place(op, {"w1": w1, "w2": w2}, x=x, y=y)
 
 

@@ -71,7 +71,8 @@ void visit_real(ScalarType dtype, const char* op, F&& f) {
 }
 
 inline bool same_sizes(const Tensor& a, const Tensor& b) {
-  return a.sizes().vec() == b.sizes().vec();
+  const auto a_sizes = a.sizes(), b_sizes = b.sizes();
+  return std::equal(a_sizes.begin(), a_sizes.end(), b_sizes.begin(), b_sizes.end());
 }
 
 inline void check_like(const char* op, const Tensor& a, const Tensor& b) {
@@ -103,8 +104,40 @@ inline Tensor in_huge_pages(Tensor out) {
   return out;
 }
 
-inline Tensor empty_matrix(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, std::vector<int64_t>(sizes));
+using Extents = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// Uninitialised memory, straight from PyTorch's allocator: torch::stable::new_empty and empty_like go
+// through the dispatcher, which finds them by their names, and take 0.7 and 1.3 µs where this takes
+// 0.3 (a small ReLU's forward takes 2.8 in all).
+inline Tensor fresh(const Tensor& like, Extents sizes, Extents strides) {
+  int32_t dtype, device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle fresh;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(),
+                                                  strides.data(), dtype, device_type,
+                                                  like.get_device_index(), &fresh));
+  return Tensor(fresh);
+}
+
+// The same without gaps, the last dimension's elements as neighbours.
+inline Tensor fresh(const Tensor& like, Extents sizes) {
+  constexpr size_t kUsual = 8;
+  int64_t usual[kUsual];
+  std::vector<int64_t> many(sizes.size() > kUsual ? sizes.size() : 0);
+  int64_t* strides = many.empty() ? usual : many.data();
+  int64_t run = 1;
+  for (size_t d = sizes.size(); d-- > 0; run *= std::max<int64_t>(sizes[d], 1)) strides[d] = run;
+  return fresh(like, sizes, Extents(strides, sizes.size()));
+}
+
+inline Tensor fresh_like(const Tensor& t) {
+  return t.is_contiguous() ? fresh(t, t.sizes(), t.strides()) : torch::stable::empty_like(t);
+}
+
+// `t` itself if it is contiguous, which torch::stable::contiguous asks the dispatcher (0.5 µs).
+inline Tensor in_one_run(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
 }  // namespace pyext

@@ -33,7 +33,7 @@ struct __attribute__((visibility("hidden"))) Bias {
   std::optional<Tensor> dense;
 
   explicit Bias(const std::optional<Tensor>& bias)
-      : dense(bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt) {}
+      : dense(bias ? std::optional(in_one_run(*bias)) : std::nullopt) {}
 
   template <class T>
   const T* data() const {
