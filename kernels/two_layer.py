@@ -34,22 +34,28 @@ def hidden_layer(x, w1, b1=None):
     return hidden
 
 
-def weight_grad(inputs, grad, need_weight, need_bias):
+def weight_grad(inputs, grad, weight, need_weight, need_bias):
     """(inputs^T @ grad, grad's column sums), (0,)-shaped where not needed.
 
-    The column sums come with the product; without it, with that of a single row of ones.
+    The first lies by columns where `weight` does, as an nn.Linear's weight.t(): autograd would copy
+    it otherwise. The column sums come with a product by rows, else with that of a row of ones.
     """
-    weight, bias = grad.new_empty(0), grad.new_empty(0)
-    if need_weight:
-        weight = grad.new_empty((inputs.size(1), grad.size(1)))
-    if need_bias:
-        bias = grad.new_empty(grad.size(1))
-    if weight.numel():
-        matmul(inputs.t(), grad, weight, column_sums=bias if need_bias else None)
-    elif need_bias:
+    grad_weight = grad.new_empty(0)
+    grad_bias = grad.new_empty(grad.size(1) if need_bias else 0)
+    sums = grad_bias if need_bias else None
+    if need_weight and weight.stride(0) == 1 and weight.stride(1) != 1:
+        grad_weight = grad.new_empty((grad.size(1), inputs.size(1))).t()
+        if grad_weight.numel():
+            matmul(grad.t(), inputs, grad_weight.t())
+    elif need_weight:
+        grad_weight = grad.new_empty((inputs.size(1), grad.size(1)))
+        if grad_weight.numel():
+            matmul(inputs.t(), grad, grad_weight, column_sums=sums)
+            sums = None
+    if sums is not None:
         ones = grad.new_ones(1).expand(1, grad.size(0))
-        matmul(ones, grad, bias.unsqueeze(0))
-    return weight, bias
+        matmul(ones, grad, sums.unsqueeze(0))
+    return grad_weight, grad_bias
 
 
 @raw_op("(Tensor x, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2) -> (Tensor, Tensor)")
@@ -78,9 +84,9 @@ def two_layer_backward(
     if need_x or need_w1 or need_b1:
         d = x.new_empty(hidden.shape)
         matmul(grad_out, w2.t(), d, add=grad_hidden, mask=hidden)
-        grad_w1, grad_b1 = weight_grad(x, d, need_w1, need_b1)
+        grad_w1, grad_b1 = weight_grad(x, d, w1, need_w1, need_b1)
         if need_x:
             grad_x = x.new_empty(x.shape)
             matmul(d, w1.t(), grad_x)
-    grad_w2, grad_b2 = weight_grad(hidden, grad_out, need_w2, need_b2)
+    grad_w2, grad_b2 = weight_grad(hidden, grad_out, w2, need_w2, need_b2)
     return grad_x, grad_w1, grad_w2, grad_b1, grad_b2

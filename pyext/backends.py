@@ -221,7 +221,7 @@ BACKENDS: dict[str, Backend] = {
 
 
 class _Default(threading.local):
-    """``use_backend``'s name in a thread; a getattr that falls back costs a small call 1 of 40 µs."""
+    """``use_backend``'s name in a thread; a getattr that fails costs a small call 1 of 40 µs."""
 
     name: str | None = None
 

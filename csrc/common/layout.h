@@ -46,6 +46,12 @@ inline bool is_dense(const Tensor& t) {
   return true;
 }
 
+// Whether a matrix lies by columns, as an nn.Linear's weight.t() does. The gradient of such a weight is
+// made by columns as well: else autograd copies it, transposing, to the weight's own layout.
+inline bool is_by_columns(const Tensor& matrix) {
+  return matrix.stride(0) == 1 && matrix.stride(1) != 1;
+}
+
 // A tensor that a kernel updates by walking it flat: the tensor itself where it is dense and laid out
 // like `like`, else a dense copy, whose values write_back() takes home.
 struct __attribute__((visibility("hidden"))) Updated {

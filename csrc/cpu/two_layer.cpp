@@ -44,8 +44,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> two_layer_backward(
     return needed ? fresh(x, sizes) : fresh(x, {0});
   };
   Tensor grad_x = if_needed(need_x, {n, n_in});
-  Tensor grad_w1 = if_needed(need_w1, {n_in, n_hidden});
-  Tensor grad_w2 = if_needed(need_w2, {n_hidden, n_out});
+  const auto like_weight = [&](bool needed, const Tensor& w) {
+    if (!needed || !is_by_columns(w)) return if_needed(needed, {w.size(0), w.size(1)});
+    return fresh(x, w.sizes(), {1, std::max<int64_t>(w.size(0), 1)});
+  };
+  Tensor grad_w1 = like_weight(need_w1, w1);
+  Tensor grad_w2 = like_weight(need_w2, w2);
   Tensor grad_b1 = if_needed(need_b1, {n_hidden});
   Tensor grad_b2 = if_needed(need_b2, {n_out});
   const Tensor dense_hidden = in_one_run(hidden);
@@ -72,14 +76,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> two_layer_backward(
                                         Store{nullptr, mutable_view<T>(grad_w1)},
                                         Store{nullptr, mutable_view<T>(grad_w2)});
         else if (need_w1)
-          kernels::product<Acc>(view<T>(x).transposed(), as_const(d), Parallel{},
-                                Store{nullptr, mutable_view<T>(grad_w1)});
+          kernels::weight_product<Acc>(view<T>(x), as_const(d), Parallel{},
+                                       Store{nullptr, mutable_view<T>(grad_w1)});
         if (need_b1)
           kernels::column_sums<Acc>(as_const(d), grad_b1.mutable_data_ptr<T>(), Parallel{});
       }
       if (need_w2 && !need_w1)
-        kernels::product<Acc>(view<T>(hidden).transposed(), view<T>(grad_out), Parallel{},
-                              Store{nullptr, mutable_view<T>(grad_w2)});
+        kernels::weight_product<Acc>(view<T>(hidden), view<T>(grad_out), Parallel{},
+                                     Store{nullptr, mutable_view<T>(grad_w2)});
       if (need_b2)
         kernels::column_sums<Acc>(view<T>(grad_out), grad_b2.mutable_data_ptr<T>(), Parallel{});
     });

@@ -125,6 +125,9 @@ struct StoreWithBias {
   StoreWithBias from_row(int64_t i) const {
     return {bias, out.row_range(i, out.rows)};
   }
+  // For a result that lies by columns, of which no bias is a part.
+  bool is_by_columns() const { return out.row_stride == 1 && out.column_stride != 1; }
+  StoreWithBias transposed() const { return {nullptr, out.transposed()}; }
   // Without a bias a microkernel stores from its registers.
   static constexpr bool kReads = false;
   template <class V>
@@ -213,6 +216,8 @@ struct Descend {
   }
 
   Descend from_row(int64_t i) const { return {weight.row_range(i, weight.rows), lr}; }
+  bool is_by_columns() const { return weight.row_stride == 1 && weight.column_stride != 1; }
+  Descend transposed() const { return {weight.transposed(), lr}; }
   // The same where the sums are: a microkernel that has whole rows of them in registers updates the
   // weight from there (9 of 137 µs of one thread for w1's update at 64 x 1000 x 100).
   static constexpr bool kReads = true;
@@ -229,6 +234,16 @@ struct Descend {
   int64_t row_stride() const { return weight.row_stride; }
 };
 
+// epilogue(aᵀ @ b), the gradient of a weight, by the rows or the columns that the weight lies in.
+template <class Acc, class TA, class TB, class Parallel, class Epilogue>
+void weight_product(const Matrix<const TA>& a, const Matrix<const TB>& b, const Parallel& parallel,
+                    const Epilogue& epilogue) {
+  if (epilogue.is_by_columns())
+    product<Acc>(b.transposed(), a, parallel, epilogue.transposed());
+  else
+    product<Acc>(a.transposed(), b, parallel, epilogue);
+}
+
 // epilogue1(xᵀ @ d) and epilogue2(hiddenᵀ @ grad_out), the gradients of w1 and w2. Where neither
 // needs shared packing they are one parallel region, in which each thread takes some rows of both: of
 // w1 those of its half of the depth in forward_by_halves.
@@ -238,9 +253,9 @@ void weight_products(const Matrix<const T>& x, const Matrix<const T>& hidden,
                      const Parallel& parallel, const Epilogue1& epilogue1,
                      const Epilogue2& epilogue2) {
   const auto x_t = x.transposed(), hidden_t = hidden.transposed();
-  if (!needs_no_packing<Acc>(x_t, d)) {
-    product<Acc>(x_t, d, parallel, epilogue1);
-    product<Acc>(hidden_t, grad_out, parallel, epilogue2);
+  if (!needs_no_packing<Acc>(x_t, d) || epilogue1.is_by_columns() || epilogue2.is_by_columns()) {
+    weight_product<Acc>(x, d, parallel, epilogue1);
+    weight_product<Acc>(hidden, grad_out, parallel, epilogue2);
     return;
   }
   const int64_t threads =

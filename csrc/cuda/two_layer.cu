@@ -75,8 +75,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> two_layer_backward_op(
     return torch::stable::new_empty(x, {needed ? length : 0});
   };
   const Tensor grad_x = matrix_if(need_x, size.batch, size.in);
-  const Tensor grad_w1 = matrix_if(need_w1, size.in, size.hidden);
-  const Tensor grad_w2 = matrix_if(need_w2, size.hidden, size.out);
+  const auto like_weight_if = [&](bool needed, const Tensor& w) {
+    return needed && is_by_columns(w)
+               ? torch::stable::transpose(matrix_if(true, w.size(1), w.size(0)), 0, 1)
+               : matrix_if(needed, w.size(0), w.size(1));
+  };
+  const Tensor grad_w1 = like_weight_if(need_w1, w1);
+  const Tensor grad_w2 = like_weight_if(need_w2, w2);
   const Tensor grad_b1 = vector_if(need_b1, size.hidden);
   const Tensor grad_b2 = vector_if(need_b2, size.out);
   TensorScratch scratch(x);
@@ -87,7 +92,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> two_layer_backward_op(
     };
     const TwoLayerGradients<T> gradients{
         data_if(need_x, grad_x), data_if(need_w1, grad_w1), data_if(need_w2, grad_w2),
-        data_if(need_b1, grad_b1), data_if(need_b2, grad_b2)};
+        data_if(need_b1, grad_b1), data_if(need_b2, grad_b2), is_by_columns(w1),
+        is_by_columns(w2)};
     two_layer_backward(size, const_matrix<T>(grad_out),
                        grad_hidden.has_value() ? const_matrix<T>(*grad_hidden) : Matrix<const T>{},
                        const_matrix<T>(x), const_matrix<T>(w1), const_matrix<T>(w2),

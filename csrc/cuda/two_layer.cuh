@@ -100,7 +100,7 @@ void two_layer_forward(const TwoLayerSize& size, const Matrix<const T>& x,
   plain_product(activations, w2, size.batch, size.out, size.hidden, b2, out, scratch, stream);
 }
 
-// Where each gradient goes, contiguous; nullptr: not needed.
+// Where each gradient goes, without gaps; nullptr: not needed. A weight's may lie by columns.
 template <class T>
 struct TwoLayerGradients {
   T* x;
@@ -108,7 +108,19 @@ struct TwoLayerGradients {
   T* w2;
   T* b1;
   T* b2;
+  bool w1_by_columns = false;
+  bool w2_by_columns = false;
 };
+
+// out (m, n) = a^T @ b, the gradient of a weight: a (k, m), b (k, n).
+template <class T>
+void weight_product(const Matrix<const T>& a, const Matrix<const T>& b, int64_t m, int64_t n,
+                    int64_t k, T* out, bool by_columns, Scratch& scratch, cudaStream_t stream) {
+  if (by_columns)
+    plain_product(b.transposed(), a, n, m, k, Bias<T>{}, out, scratch, stream);
+  else
+    plain_product(a.transposed(), b, m, n, k, Bias<T>{}, out, scratch, stream);
+}
 
 // grad_hidden.data is nullptr where the hidden layer has no gradient of its own.
 template <class T>
@@ -126,16 +138,16 @@ void two_layer_backward(const TwoLayerSize& size, const Matrix<const T>& grad_ou
                     gradients.x, scratch, stream);
     }
     if (gradients.w1) {
-      plain_product(x.transposed(), d_matrix, size.in, size.hidden, size.batch, Bias<T>{},
-                    gradients.w1, scratch, stream);
+      weight_product(x, d_matrix, size.in, size.hidden, size.batch, gradients.w1,
+                     gradients.w1_by_columns, scratch, stream);
     }
     if (gradients.b1) {
       column_sum(d_matrix, size.batch, size.hidden, gradients.b1, scratch, stream);
     }
   }
   if (gradients.w2) {
-    plain_product(hidden.transposed(), grad_out, size.hidden, size.out, size.batch, Bias<T>{},
-                  gradients.w2, scratch, stream);
+    weight_product(hidden, grad_out, size.hidden, size.out, size.batch, gradients.w2,
+                   gradients.w2_by_columns, scratch, stream);
   }
   if (gradients.b2) column_sum(grad_out, size.batch, size.out, gradients.b2, scratch, stream);
 }

@@ -96,16 +96,18 @@ def differentiable(formulas: type[Formulas]) -> Differentiable:
 def _make_shells(formulas: type[Formulas], raw) -> SimpleNamespace:
     # What torch.compile traces holds the name: it knows no way to trace a namespace held itself.
     namespace = raw.name
+    compute, save, differentiate = formulas.forward, formulas.save, formulas.backward
 
     def keep(ctx, inputs, outputs) -> tuple:
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        tensors, ctx.constants = formulas.save(inputs, outputs)
+        tensors, constants = save(inputs, outputs if isinstance(outputs, tuple) else (outputs,))
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
+        if constants:
+            ctx.constants = constants
         return tensors
 
     def forward_with_ctx(ctx, *inputs):
-        outputs = formulas.forward(raw, *inputs)
+        outputs = compute(raw, *inputs)
         keep(ctx, inputs, outputs)
         return outputs
 
@@ -115,7 +117,7 @@ def _make_shells(formulas: type[Formulas], raw) -> SimpleNamespace:
         return outputs
 
     def forward(*inputs):
-        return formulas.forward(getattr(torch.ops, namespace), *inputs)
+        return compute(getattr(torch.ops, namespace), *inputs)
 
     def setup_context(ctx, inputs, output):
         keep(ctx, inputs, output)
@@ -126,10 +128,10 @@ def _make_shells(formulas: type[Formulas], raw) -> SimpleNamespace:
     def backward(ctx, *grads):
         if grads[0] is None and all(grad is None for grad in grads):
             return tuple(None for _ in ctx.needs_input_grad)
-        return formulas.backward(
+        return differentiate(
             getattr(torch.ops, namespace),
             ctx.saved_tensors,
-            ctx.constants,
+            getattr(ctx, "constants", ()),
             ctx.needs_input_grad,
             *grads,
         )
@@ -138,16 +140,17 @@ def _make_shells(formulas: type[Formulas], raw) -> SimpleNamespace:
         gradient = vars(ctx).pop("gradient", None)  # at once: two threads may not both take it
         if gradient is None or torch.is_grad_enabled() or _are_functorch_transforms_active():
             return backward(ctx, *grads)
-        for grad in grads:  # (is_grads_batched, which gradcheck uses too, is no functorch transform)
+        for (
+            grad
+        ) in grads:  # (is_grads_batched, which gradcheck uses too, is no functorch transform)
             if grad is None or _is_legacy_batchedtensor(grad):
                 return backward(ctx, *grads)
         ctx.saved_tensors  # noqa: B018 -- raises where the graph was freed or an input was changed
         return formulas.scaled(gradient, *grads)
 
     def jvp(ctx, *tangents):
-        return formulas.jvp(
-            getattr(torch.ops, namespace), ctx.saved_tensors, ctx.constants, *tangents
-        )
+        constants = getattr(ctx, "constants", ())
+        return formulas.jvp(getattr(torch.ops, namespace), ctx.saved_tensors, constants, *tangents)
 
     def shell(suffix: str, **members: Callable) -> type[Function]:
         body = {name: staticmethod(member) for name, member in members.items()}

@@ -28,6 +28,16 @@ CUDA_SHAPES = {
 BENCHMARK_SHAPES = {"cpu": CPU_SHAPES, "cuda": CUDA_SHAPES}
 
 
+def is_usual(x: object) -> bool:
+    """Whether raw ops take the operands as they are, if at all.
+
+    They check what memory safety needs, which is all that ``prepare`` does for a matrix without
+    autocast; so there it is called only to say better what a raw op has refused. Called before, in
+    vain, it takes 8 of 217 µs of a forward and backward at 64 x 1000 x 100 x 10.
+    """
+    return isinstance(x, torch.Tensor) and x.dim() == 2 and not _checks.autocasts(x.device)
+
+
 def prepare(op: str, x, w1, w2, b1=None, b2=None, y=None) -> tuple:
     """Checks the operands of ``op`` and brings them to the raw ops' form.
 
@@ -209,7 +219,8 @@ class two_layer_backward:
 
 
 def fake_two_layer_forward(x, w1, w2, b1, b2):
-    """(out, hidden) without data."""
+    """(out, hidden) without data; the device is checked, as a kernel would."""
+    check("two_layer_forward", x, w1, w2, b1, b2)
     hidden = x.new_empty((x.shape[0], w1.shape[1]))
     return x.new_empty((x.shape[0], w2.shape[1])), hidden
 
@@ -218,14 +229,23 @@ def fake_two_layer_backward(
     grad_out, grad_hidden, x, w1, w2, hidden, need_x, need_w1, need_w2, need_b1, need_b2
 ):
     """(grad_x, grad_w1, grad_w2, grad_b1, grad_b2) without data."""
-    shapes = (
-        (x.shape, need_x),
-        (w1.shape, need_w1),
-        (w2.shape, need_w2),
-        (w1.shape[1:], need_b1),
-        (w2.shape[1:], need_b2),
+    grads = (
+        (x.new_empty(x.shape), need_x),
+        (_empty_like_weight(w1), need_w1),
+        (_empty_like_weight(w2), need_w2),
+        (x.new_empty(w1.shape[1:]), need_b1),
+        (x.new_empty(w2.shape[1:]), need_b2),
     )
-    return tuple(x.new_empty(shape if needed else (0,)) for shape, needed in shapes)
+    return tuple(grad if needed else x.new_empty(0) for grad, needed in grads)
+
+
+def _empty_like_weight(weight: torch.Tensor) -> torch.Tensor:
+    """By columns where the weight lies so (an ``nn.Linear``'s ``weight.t()``), else by rows: a
+    gradient in another layout than its parameter's is copied by autograd."""
+    rows, columns = weight.shape
+    if weight.stride(0) == 1 and weight.stride(1) != 1:
+        return weight.new_empty((columns, rows)).t()
+    return weight.new_empty((rows, columns))
 
 
 # Beyond one block of rows (96) and of columns (2048, which are the depth of other products: beyond

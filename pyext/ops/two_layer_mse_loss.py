@@ -47,9 +47,18 @@ def two_layer_mse_loss(
         ValueError: an unknown ``reduction`` or ``backend``.
     """
     number = _checks.reduction(reduction)
+    given = x, w1, w2, b1, b2
+    if _two_layer.is_usual(x):
+        chosen = select(backend, x.device, "two_layer_mse_loss")
+        if chosen.namespace is not None:
+            try:
+                return _two_layer_mse_loss(chosen.raw, x, y, w1, w2, b1, b2, number)[0]
+            except Exception:
+                _checks.tensor("two_layer_mse_loss", "y", y)
+                _two_layer.prepare("two_layer_mse_loss", *given, y)  # says it better
+                raise
     _checks.tensor("two_layer_mse_loss", "y", y)
     shape = y.shape
-    given = x, w1, w2, b1, b2
     prepared = _two_layer.prepare("two_layer_mse_loss", *given, y)
     if prepared[0].dtype != torch.float64 and _checks.autocasts(y.device):
         prediction = _network.two_layer(*given, backend=backend)
@@ -114,6 +123,7 @@ class _two_layer_mse_loss:
 
 
 def _fake_forward(x, y, w1, w2, b1, b2, reduction):
+    _two_layer.check("two_layer_mse_loss_forward", x, w1, w2, b1, b2, y)
     error = x.new_empty(y.shape)
     hidden = x.new_empty((x.shape[0], w1.shape[1]))
     return x.new_empty(y.shape if reduction == 0 else ()), hidden, error

@@ -14,6 +14,14 @@
 #define PYEXT_MULTIPLE_ISAS 0
 #endif
 
+// For loops over an array of accumulators: not unrolled early, GCC 12 gives the array memory as well,
+// which it clears before and fills after the long loop (7 % of xᵀ @ d at 64 x 1000 x 100).
+#if defined(__GNUC__) && !defined(__clang__)
+#define PYEXT_UNROLL _Pragma("GCC unroll 16")
+#else
+#define PYEXT_UNROLL _Pragma("unroll")
+#endif
+
 namespace pyext {
 
 enum class Isa { baseline, x86_64_v3, x86_64_v4 };

@@ -30,15 +30,15 @@ __attribute__((noinline)) void microkernel(int64_t depth, const Acc* a, const Ac
   V acc[kRows][kVectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
     V b_row[kVectors];
-    for (int j = 0; j < kVectors; ++j)
+    PYEXT_UNROLL for (int j = 0; j < kVectors; ++j)
       b_row[j] = *reinterpret_cast<const V*>(b + j * lanes);
-    for (int i = 0; i < kRows; ++i)
-      for (int j = 0; j < kVectors; ++j) acc[i][j] += a[i] * b_row[j];
+    PYEXT_UNROLL for (int i = 0; i < kRows; ++i)
+      PYEXT_UNROLL for (int j = 0; j < kVectors; ++j) acc[i][j] += a[i] * b_row[j];
     a += kRows;
     b += kVectors * lanes;
   }
-  for (int i = 0; i < kRows; ++i)
-    for (int j = 0; j < kVectors; ++j) {
+  PYEXT_UNROLL for (int i = 0; i < kRows; ++i)
+    PYEXT_UNROLL for (int j = 0; j < kVectors; ++j) {
       V* out = reinterpret_cast<V*>(c + i * c_stride + j * lanes);
       *out = accumulate ? *out + acc[i][j] : acc[i][j];
     }
@@ -60,24 +60,6 @@ void multiply_tile(int64_t depth, const Acc* a, const Acc* b, Acc* c, bool accum
   for (int64_t k = 0; k == 0 || k < depth; k += kSumBlock)
     microkernel<Acc, kRows, kVectors>(std::min(kSumBlock, depth - k), a + k * kRows, b + k * kPanel,
                                       c, kPanel, accumulate || k > 0);
-}
-
-template <class Acc, class T>
-void pack_b(const Matrix<const T>& b, int64_t k_begin, int64_t depth, int64_t j_begin,
-            int64_t panel_columns, Acc* packed) {
-  const int64_t columns = std::min(panel_columns, b.columns - j_begin);
-  if (b.column_stride == 1) {
-    for (int64_t k = 0; k < depth; ++k) {
-      const T* row = &b(k_begin + k, j_begin);
-      Acc* out = packed + k * panel_columns;
-      for (int64_t j = 0; j < columns; ++j) out[j] = Acc(row[j]);
-      for (int64_t j = columns; j < panel_columns; ++j) out[j] = 0;
-    }
-    return;
-  }
-  for (int64_t j = 0; j < panel_columns; ++j)
-    for (int64_t k = 0; k < depth; ++k)
-      packed[k * panel_columns + j] = j < columns ? Acc(b(k_begin + k, j_begin + j)) : Acc(0);
 }
 
 // Four rows of four become four columns: out[c * stride + r] = in[r * row_stride + c].
@@ -105,6 +87,35 @@ void transpose_4x4(const T* in, int64_t row_stride, T* out, int64_t stride) {
 #undef PYEXT_SHUFFLE
 }
 
+template <class Acc, class T>
+void pack_b(const Matrix<const T>& b, int64_t k_begin, int64_t depth, int64_t j_begin,
+            int64_t panel_columns, Acc* packed) {
+  const int64_t columns = std::min(panel_columns, b.columns - j_begin);
+  if (b.column_stride == 1) {
+    for (int64_t k = 0; k < depth; ++k) {
+      const T* row = &b(k_begin + k, j_begin);
+      Acc* out = packed + k * panel_columns;
+      for (int64_t j = 0; j < columns; ++j) out[j] = Acc(row[j]);
+      for (int64_t j = columns; j < panel_columns; ++j) out[j] = 0;
+    }
+    return;
+  }
+  int64_t j = 0;
+  if constexpr (std::is_same_v<T, Acc>)
+    for (; b.row_stride == 1 && j + 4 <= columns; j += 4) {  // by quads, as pack_a
+      const Acc* in = &b(k_begin, j_begin + j);
+      int64_t k = 0;
+      for (; k + 4 <= depth; k += 4)
+        transpose_4x4(in + k, b.column_stride, packed + k * panel_columns + j, panel_columns);
+      for (; k < depth; ++k)
+        for (int64_t c = 0; c < 4; ++c)
+          packed[k * panel_columns + j + c] = in[c * b.column_stride + k];
+    }
+  for (; j < panel_columns; ++j)
+    for (int64_t k = 0; k < depth; ++k)
+      packed[k * panel_columns + j] = j < columns ? Acc(b(k_begin + k, j_begin + j)) : Acc(0);
+}
+
 // Slabs of kRows rows, [slab][depth][kRows]; missing rows of the last slab are zeros.
 template <int kRows, class Acc, class T>
 void pack_a(const Matrix<const T>& a, int64_t i_begin, int64_t rows, int64_t k_begin, int64_t depth,
@@ -112,10 +123,14 @@ void pack_a(const Matrix<const T>& a, int64_t i_begin, int64_t rows, int64_t k_b
   const int64_t whole = rows / kRows;
   if constexpr (std::is_same_v<T, Acc>) {
     if (a.row_stride == 1)  // a column at a time: what lies together is read together
-      for (int64_t k = 0; k < depth && whole; ++k)
+      for (int64_t k = 0; k < depth && whole; ++k) {
+        // Nothing else foresees which lines come next (2 % of a product of 784 x 1024 x 512).
+        for (int64_t r = 0; r < rows; r += 64 / int64_t(sizeof(Acc)))
+          __builtin_prefetch(&a(i_begin + r, k_begin + k + 8));
         for (int64_t slab = 0; slab < whole; ++slab)
           std::memcpy(packed + (slab * depth + k) * kRows,
                       &a(i_begin + slab * kRows, k_begin + k), kRows * sizeof(Acc));
+      }
   }
   for (int64_t slab = a.row_stride == 1 && std::is_same_v<T, Acc> ? whole : 0;
        slab < divide_up(rows, kRows); ++slab) {
@@ -285,23 +300,24 @@ __attribute__((noinline)) void direct_microkernel(int64_t depth, const Acc* a, i
   Tail acc_tail[kDirectRows] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Acc a_column[kDirectRows];
-    for (int i = 0; i < kDirectRows; ++i) a_column[i] = a[kUnitRows ? i : i * a_row_stride];
-    for (int j = 0; j < kFull; ++j) {
+    PYEXT_UNROLL for (int i = 0; i < kDirectRows; ++i)
+      a_column[i] = a[kUnitRows ? i : i * a_row_stride];
+    PYEXT_UNROLL for (int j = 0; j < kFull; ++j) {
       const V b_vector = *reinterpret_cast<const Full*>(b + j * lanes);
-      for (int i = 0; i < kDirectRows; ++i) acc[i][j] += a_column[i] * b_vector;
+      PYEXT_UNROLL for (int i = 0; i < kDirectRows; ++i) acc[i][j] += a_column[i] * b_vector;
     }
     const Tail b_tail = *reinterpret_cast<const Last*>(b + tail);
-    for (int i = 0; i < kDirectRows; ++i) acc_tail[i] += a_column[i] * b_tail;
+    PYEXT_UNROLL for (int i = 0; i < kDirectRows; ++i) acc_tail[i] += a_column[i] * b_tail;
     a += a_step;
     b += b_step;
   }
-  for (int i = 0; i < kDirectRows; ++i) {
+  PYEXT_UNROLL for (int i = 0; i < kDirectRows; ++i) {
     Acc* row = c + i * c_row_stride;
     // Because of the overlap the tail is merged before, and written after, the vectors.
     Tail merged = {};
     if constexpr (Merge::kReads) merged = *reinterpret_cast<const Last*>(row + tail);
     merged = merge(merged, acc_tail[i]);
-    for (int j = 0; j < kFull; ++j) {
+    PYEXT_UNROLL for (int j = 0; j < kFull; ++j) {
       Full* out = reinterpret_cast<Full*>(row + j * lanes);
       V before = {};
       if constexpr (Merge::kReads) before = *out;
@@ -379,11 +395,12 @@ __attribute__((noinline)) void narrow_microkernel(int64_t depth, const Acc* a, i
   V acc[kNarrowRows] = {};
   for (int64_t k = 0; k < depth; ++k) {
     const V b_row = *reinterpret_cast<const V*>(b);
-    for (int i = 0; i < kNarrowRows; ++i) acc[i] += a[kUnitRows ? i : i * a_row_stride] * b_row;
+    PYEXT_UNROLL for (int i = 0; i < kNarrowRows; ++i)
+      acc[i] += a[kUnitRows ? i : i * a_row_stride] * b_row;
     a += a_step;
     b += Vector<Acc>::lanes;
   }
-  for (int i = 0; i < kNarrowRows; ++i) {
+  PYEXT_UNROLL for (int i = 0; i < kNarrowRows; ++i) {
     V* out = reinterpret_cast<V*>(c + i * Vector<Acc>::lanes);
     *out = accumulate ? *out + acc[i] : acc[i];
   }
