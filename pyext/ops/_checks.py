@@ -141,8 +141,6 @@ def updatable_in_place(op: str, updated: dict[str, torch.Tensor], **read: torch.
             )
     if torch.compiler.is_compiling():  # a tensor that is being traced has no address
         return
-    everything = {**updated, **read}
-    ranges = {name: _address_range(value) for name, value in everything.items()}
     for name, value in updated.items():
         if value.is_inference() and not torch.is_inference_mode_enabled():
             raise RuntimeError(
@@ -155,12 +153,14 @@ def updatable_in_place(op: str, updated: dict[str, torch.Tensor], **read: torch.
             )
     # Usually all lie apart: that is seen at once, and each pair is looked at only where it is not.
     end = 1
-    for begin, next_end in sorted(ranges.values()):
+    for begin, next_end in sorted(map(_address_range, (*updated.values(), *read.values()))):
         if begin < end:
             break
         end = next_end
     else:
         return
+    everything = {**updated, **read}
+    ranges = {name: _address_range(value) for name, value in everything.items()}
     for name, value in updated.items():
         begin, end = ranges[name]
         for other_name, other in everything.items():

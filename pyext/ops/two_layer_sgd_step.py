@@ -60,12 +60,23 @@ def two_layer_sgd_step(
     lr = _checks.learning_rate(op, lr)
     if isinstance(x, torch.Tensor) and x.dim() != 2:  # y has x's leading dimensions, so it, too
         raise RuntimeError(f"{op}(): argument 'x' must be a matrix, but has shape {tuple(x.shape)}")
-    check_operands(op, x, y, w1, w2)
+    try:
+        return _step(op, x, y, w1, w2, lr, backend)
+    except Exception:
+        agree(op, x, y, w1, w2)  # says better what a raw op has refused, before it changed anything
+        raise
+
+
+def _step(op: str, x, y, w1, w2, lr: float, backend: str | None) -> torch.Tensor:
+    """The step; operands that do not agree are refused, but not in good words."""
+    updatable(op, x, y, w1, w2)
     chosen = select(backend, x.device, op)
     if chosen.namespace is None:
+        agree(op, x, y, w1, w2)
         with torch.autocast(x.device.type, enabled=False):
             return eager(x, y, w1, w2, lr)
-    if torch.is_grad_enabled() and any(each.requires_grad for each in (x, y, w1, w2)):
+    weights_vary = w1.requires_grad or w2.requires_grad
+    if (weights_vary or x.requires_grad or y.requires_grad) and torch.is_grad_enabled():
         with torch.no_grad():
             loss = chosen.raw.two_layer_sgd_step(x, y, w1, w2, lr)
     else:
@@ -74,15 +85,19 @@ def two_layer_sgd_step(
     return loss
 
 
-def check_operands(op: str, x, y, w1, w2) -> None:
-    """Refuses what does not agree, or weights that cannot be updated in place, for ``op``.
+def agree(op: str, x, y, w1, w2) -> None:
+    """Refuses operands whose types, shapes, devices or dtypes do not agree.
 
     Raises:
         TypeError, RuntimeError, NotImplementedError: as :func:`two_layer_sgd_step` documents.
     """
     _two_layer.check(op, x, w1, w2, y=y)
-    _checks.no_transforms(op, x, y, w1, w2)
     _two_layer.one_floating_dtype(op, x, w1, w2, y=y)
+
+
+def updatable(op: str, x, y, w1, w2) -> None:
+    """``RuntimeError`` unless the weights can be updated in place, beside x and y."""
+    _checks.no_transforms(op, x, y, w1, w2)
     _checks.updatable_in_place(op, {"w1": w1, "w2": w2}, x=x, y=y)
 
 
@@ -96,6 +111,11 @@ def eager(x, y, w1, w2, lr) -> torch.Tensor:
         for weight, grad in zip((w1, w2), grads, strict=True):
             weight -= lr * grad
     return loss.detach()
+
+
+def _fake_step(x, y, w1, w2, lr):
+    agree("two_layer_sgd_step", x, y, w1, w2)
+    return x.new_empty(())
 
 
 def _raw_samples(device, dtype) -> Iterator[tuple]:
@@ -180,7 +200,7 @@ OP = Op(
     raw_ops=(
         RawOp(
             "two_layer_sgd_step",
-            lambda x, y, w1, w2, lr: x.new_empty(()),
+            _fake_step,
             _raw_samples,
             mutates=("w1", "w2"),
         ),

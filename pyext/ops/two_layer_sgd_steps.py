@@ -58,7 +58,8 @@ def two_layer_sgd_steps(
             f"{op}(): argument 'x' must be a batch (2-d) or a batch for each step (3-d), but has "
             f"shape {tuple(x.shape)}"
         )
-    two_layer_sgd_step.check_operands(op, x, y, w1, w2)
+    two_layer_sgd_step.agree(op, x, y, w1, w2)
+    two_layer_sgd_step.updatable(op, x, y, w1, w2)
     steps = _number_of_steps(op, steps, x)
     chosen = select(backend, x.device, op)
     if not steps:  # what the dispatcher counts as an update is none

@@ -263,6 +263,7 @@ void tiled_product(const Operands<Acc>& of, const Parallel& parallel) {
 #if PYEXT_VECTOR_REGISTERS == 32
 // A matrix of B this large is read in place by every slab of rows, from L2.
 constexpr int64_t kDirectBytes = 512 << 10;
+constexpr int64_t kTurned = 4 << 10;
 constexpr int kDirectRows = 4, kDirectVectors = 7;
 
 // What a microkernel does with its sums and what is there before them.
@@ -457,8 +458,18 @@ void product(const Matrix<const TA>& a, const Matrix<const TB>& b, Parallel para
   if (a.rows == 0 || b.columns == 0) return;
   constexpr int64_t lanes = Vector<Acc>::lanes;
 #if PYEXT_VECTOR_REGISTERS == 32
-  if constexpr (std::is_same_v<TA, Acc> && std::is_same_v<TB, Acc>)
+  if constexpr (std::is_same_v<TA, Acc> && std::is_same_v<TB, Acc>) {
     if (is_direct(a, b)) return direct_product(a, b, parallel, epilogue);
+    // A small B that lies by columns is turned: w2ᵀ at 64 x 1000 x 100 x 10 (4.6 → 2.6 µs for d).
+    if (b.row_stride == 1 && b.rows * b.columns <= kTurned) {
+      const Buffer<Acc> turned(b.rows * b.columns);
+      const Matrix<const Acc> by_rows{turned.get(), b.rows, b.columns, b.columns, 1};
+      if (is_direct(a, by_rows)) {
+        pack_b(b, 0, b.rows, 0, b.columns, turned.get());
+        return direct_product(a, by_rows, parallel, epilogue);
+      }
+    }
+  }
 #endif
   if constexpr (std::is_same_v<TA, Acc> && std::is_same_v<TB, Acc>)
     if (b.columns <= lanes && a.rows >= kNarrowRows)
