@@ -71,8 +71,9 @@ def _step(op: str, x, y, w1, w2, lr: float, backend: str | None) -> torch.Tensor
     """The step; operands that do not agree are refused, but not in good words."""
     updatable(op, x, y, w1, w2)
     chosen = select(backend, x.device, op)
-    if chosen.namespace is None:
+    if chosen.name in ("eager", "triton"):  # Triton's update is counted before it can be refused
         agree(op, x, y, w1, w2)
+    if chosen.namespace is None:
         with torch.autocast(x.device.type, enabled=False):
             return eager(x, y, w1, w2, lr)
     weights_vary = w1.requires_grad or w2.requires_grad
