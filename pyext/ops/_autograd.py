@@ -96,10 +96,11 @@ def differentiable(formulas: type[Formulas]) -> Differentiable:
 def _make_shells(formulas: type[Formulas], raw) -> SimpleNamespace:
     # What torch.compile traces holds the name: it knows no way to trace a namespace held itself.
     namespace = raw.name
-    compute, save, differentiate = formulas.forward, formulas.save, formulas.backward
 
     def keep(ctx, inputs, outputs) -> tuple:
-        tensors, constants = save(inputs, outputs if isinstance(outputs, tuple) else (outputs,))
+        tensors, constants = formulas.save(
+            inputs, outputs if isinstance(outputs, tuple) else (outputs,)
+        )
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         if constants:
@@ -107,7 +108,7 @@ def _make_shells(formulas: type[Formulas], raw) -> SimpleNamespace:
         return tensors
 
     def forward_with_ctx(ctx, *inputs):
-        outputs = compute(raw, *inputs)
+        outputs = formulas.forward(raw, *inputs)
         keep(ctx, inputs, outputs)
         return outputs
 
@@ -117,7 +118,7 @@ def _make_shells(formulas: type[Formulas], raw) -> SimpleNamespace:
         return outputs
 
     def forward(*inputs):
-        return compute(getattr(torch.ops, namespace), *inputs)
+        return formulas.forward(getattr(torch.ops, namespace), *inputs)
 
     def setup_context(ctx, inputs, output):
         keep(ctx, inputs, output)
@@ -128,7 +129,7 @@ def _make_shells(formulas: type[Formulas], raw) -> SimpleNamespace:
     def backward(ctx, *grads):
         if grads[0] is None and all(grad is None for grad in grads):
             return tuple(None for _ in ctx.needs_input_grad)
-        return differentiate(
+        return formulas.backward(
             getattr(torch.ops, namespace),
             ctx.saved_tensors,
             getattr(ctx, "constants", ()),
