@@ -81,8 +81,8 @@ def raw_op(schema):
 def expect(name, tensor, shape, like):
     """Refuse a tensor that a kernel would read out of bounds or misread.
 
-    The public functions have checked everything, in better words; this is for memory safety when a
-    raw op is called directly. Raises RuntimeError.
+    For memory safety. Of some public functions it is the first check, and they say in better words
+    what it has refused. Raises RuntimeError.
     """
     torch._check(
         tuple(tensor.shape) == tuple(shape)

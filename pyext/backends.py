@@ -221,9 +221,13 @@ BACKENDS: dict[str, Backend] = {
 
 
 class _Default(threading.local):
-    """``use_backend``'s name in a thread; a getattr that fails costs a small call 1 of 40 µs."""
+    """``use_backend``'s name in a thread; a getattr that fails costs a small call 1 of 40 µs.
 
-    name: str | None = None
+    Each thread sets its own: of a class's attribute ``torch.compile`` does not see it change.
+    """
+
+    def __init__(self):
+        self.name: str | None = None
 
 
 _default = _Default()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -468,6 +470,36 @@ def test_sgd_steps_are_single_steps_to_the_bit(backend, device, dtype, shape):
         assert together.dtype == dtype and torch.equal(together, torch.stack(losses))
         assert all(map(torch.equal, one, many)) and not torch.equal(many[0], w1)
         assert len(set(together.tolist())) == 3
+
+
+# The second fits the registers of a CPU, whichever way a weight lies.
+@pytest.mark.parametrize("shape", [(6, 5, 7, 3), (9, 100, 100, 3)], ids=str)
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+def test_gradients_of_weights_lie_as_the_weights_do(backend, device, shape):
+    n, n_in, n_hidden, n_out = shape
+    x, y = torch.randn(n, n_in, device=device), torch.randn(n, n_out, device=device)
+    by_rows = [torch.randn(s, device=device) / 4 for s in ((n_in, n_hidden), (n_hidden, n_out))]
+    by_columns = [each.mT.contiguous().mT for each in by_rows]
+    assert not any(each.is_contiguous() for each in by_columns)
+    ops = (
+        lambda w1, w2, name: P.two_layer(x, w1, w2, backend=name).square().sum(),
+        lambda w1, w2, name: P.two_layer_mse_loss(x, y, w1, w2, backend=name),
+    )
+    for op, w1, w2 in itertools.product(ops, *zip(by_rows, by_columns, strict=True)):
+        w1, w2 = w1.detach().requires_grad_(), w2.detach().requires_grad_()
+        expected = torch.autograd.grad(op(w1, w2, "eager"), (w1, w2))
+        both = torch.autograd.grad(op(w1, w2, backend), (w1, w2))
+        (first,) = torch.autograd.grad(op(w1, w2.detach(), backend), w1)
+        (second,) = torch.autograd.grad(op(w1.detach(), w2, backend), w2)
+        for grads in (both, (first, second)):
+            assert [each.stride() for each in grads] == [w1.stride(), w2.stride()]
+            torch.testing.assert_close(grads, expected)
+
+
+def test_a_result_that_does_not_fit_memory_says_so():
+    x, w1, w2 = torch.empty(2**40, 0), torch.empty(0, 2**12), torch.empty(2**12, 1)
+    with pytest.raises(RuntimeError, match="allocate"):
+        P.two_layer(x, w1, w2, backend="extension")
 
 
 @pytest.mark.parametrize(("backend", "device"), WITH_EAGER)

@@ -211,6 +211,8 @@ def test_error_inputs_are_refused_and_leave_everything_as_it_was(op, backend, de
             warnings.simplefilter("error")
             op.function(*case.args, **case.kwargs, backend=backend)
         assert type(e.value) is case.error_type, case.name
+        # What is said in better words is not said in worse ones before.
+        assert e.value.__suppress_context__ or e.value.__context__ is None, case.name
         message = str(e.value)
         assert len(message) < 400 and "\n" not in message, case.name
         for each, copy, version in zip(tensors, before, versions, strict=True):
@@ -223,6 +225,8 @@ def test_a_nested_tensor_is_refused():
     nested = torch.nested.as_nested_tensor([torch.zeros(2), torch.zeros(3)])
     with pytest.raises(NotImplementedError, match="has layout nested"):
         functional.relu(nested)
+    with pytest.raises(NotImplementedError, match="has layout nested"):
+        functional.two_layer(torch.ones(5, 4), nested, torch.ones(3, 2))
 
 
 @pytest.mark.parametrize(("backend", "device"), configurations())

@@ -6,13 +6,16 @@ it tells in seconds what concerns the ops; the default compiler's turn is in the
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch._inductor.config
 from support import configurations, through, with_visible_step
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from pyext import registry
+import pyext
+from pyext import functional, registry
 from pyext.lab import check
 
 CONFIGURATIONS = configurations()
@@ -124,3 +127,32 @@ def test_a_compiled_step_of_several_ops_follows_eager(backend, device):
         out = function(*leaves)
         results.append([out, *torch.autograd.grad(out, leaves)])
     torch.testing.assert_close(*results, rtol=0.05, atol=0.01)  # bfloat16 rounds to 0.008
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_is_refused_is_refused_alike_when_compiled(op):
+    for case in op.error_inputs(torch.device("cpu")):
+        torch.compiler.reset()
+        compiled = torch.compile(op.function, backend="eager")
+        with warnings.catch_warnings(), pytest.raises(case.error_type, match=case.error_regex):
+            warnings.simplefilter("ignore")
+            compiled(*case.args, **case.kwargs)
+
+
+def test_a_compiled_function_follows_use_backend():
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph
+
+    @torch.compile(backend=keep, fullgraph=True)
+    def function(x):
+        return functional.relu(x)
+
+    x = torch.randn(5)
+    function(x)
+    with pyext.use_backend("eager"):
+        function(x)
+    function(x)
+    assert ["pyext" in graph for graph in graphs] == [True, False]

@@ -10,6 +10,13 @@
 #include <utility>
 #include <vector>
 
+// An error of PyTorch's C functions; where PyTorch's headers can, with its message.
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK
+#define PYEXT_ERROR_CODE_CHECK STABLE_TORCH_ERROR_CODE_CHECK
+#else  // PyTorch 2.11
+#define PYEXT_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace pyext {
 
 using torch::stable::Tensor;

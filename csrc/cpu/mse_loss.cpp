@@ -52,9 +52,8 @@ Tensor mse_loss_forward(const Tensor& input, const Tensor& target, int64_t reduc
   const int64_t n = input.numel();
   const Tensor flat_input = in_one_run(input);
   const Tensor flat_target = in_one_run(target);
-  Tensor out = reduction == kNone
-                   ? in_huge_pages(fresh(input, input.sizes()))
-                   : fresh(input, {});
+  Tensor out =
+      reduction == kNone ? in_huge_pages(fresh(input, input.sizes())) : fresh(input, {});
   visit_floating(input.scalar_type(), "mse_loss_forward", [&]<class T>(Type<T>) {
     using Acc = Accumulate<T>;
     const T* input_data = flat_input.const_data_ptr<T>();

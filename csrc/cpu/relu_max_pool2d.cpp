@@ -45,8 +45,7 @@ Tensor relu_max_pool2d_backward(Tensor grad, Tensor index, Sizes kernel, Sizes s
   check_index(op, index, grad, p);
   const Tensor flat_grad = in_one_run(grad);
   const Tensor flat_index = in_one_run(index);
-  Tensor grad_input =
-      in_huge_pages(fresh(grad, with_last_two(grad, height, width)));
+  Tensor grad_input = in_huge_pages(fresh(grad, with_last_two(grad, height, width)));
   visit_floating(grad.scalar_type(), op, [&]<class T>(Type<T>) {
     const T* grad_data = flat_grad.const_data_ptr<T>();
     const uint8_t* index_data = flat_index.const_data_ptr<uint8_t>();

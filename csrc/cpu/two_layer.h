@@ -125,8 +125,8 @@ struct StoreWithBias {
   StoreWithBias from_row(int64_t i) const {
     return {bias, out.row_range(i, out.rows)};
   }
-  // For a result that lies by columns, of which no bias is a part.
-  bool is_by_columns() const { return out.row_stride == 1 && out.column_stride != 1; }
+  bool is_by_columns() const { return out.is_by_columns(); }
+  // Of a gradient, which has no bias.
   StoreWithBias transposed() const { return {nullptr, out.transposed()}; }
   // Without a bias a microkernel stores from its registers.
   static constexpr bool kReads = false;
@@ -216,7 +216,7 @@ struct Descend {
   }
 
   Descend from_row(int64_t i) const { return {weight.row_range(i, weight.rows), lr}; }
-  bool is_by_columns() const { return weight.row_stride == 1 && weight.column_stride != 1; }
+  bool is_by_columns() const { return weight.is_by_columns(); }
   Descend transposed() const { return {weight.transposed(), lr}; }
   // The same where the sums are: a microkernel that has whole rows of them in registers updates the
   // weight from there (9 of 137 µs of one thread for w1's update at 64 x 1000 x 100).

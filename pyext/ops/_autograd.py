@@ -141,9 +141,8 @@ def _make_shells(formulas: type[Formulas], raw) -> SimpleNamespace:
         gradient = vars(ctx).pop("gradient", None)  # at once: two threads may not both take it
         if gradient is None or torch.is_grad_enabled() or _are_functorch_transforms_active():
             return backward(ctx, *grads)
-        for (
-            grad
-        ) in grads:  # (is_grads_batched, which gradcheck uses too, is no functorch transform)
+        # (is_grads_batched, which gradcheck uses, is no functorch transform.)
+        for grad in grads:
             if grad is None or _is_legacy_batchedtensor(grad):
                 return backward(ctx, *grads)
         ctx.saved_tensors  # noqa: B018 -- raises where the graph was freed or an input was changed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -22,6 +23,15 @@ def tensor(op: str, name: str, value: object) -> None:
         raise NotImplementedError(
             f"{op}(): argument {name!r} has layout {layout}, only torch.strided is accepted"
         )
+
+
+def in_better_words(error: Exception, check: Callable, *args) -> Exception:
+    """What ``check(*args)`` raises, which looks at what a raw op has refused; else ``error``."""
+    try:
+        check(*args)
+    except Exception as better:
+        return better
+    return error
 
 
 def same_device(op: str, **tensors: torch.Tensor) -> torch.device:

@@ -33,9 +33,15 @@ def is_usual(x: object) -> bool:
 
     They check what memory safety needs, which is all that ``prepare`` does for a matrix without
     autocast; so there it is called only to say better what a raw op has refused. Called before, in
-    vain, it takes 8 of 217 µs of a forward and backward at 64 x 1000 x 100 x 10.
+    vain, it takes 8 of 217 µs of a forward and backward at 64 x 1000 x 100 x 10. While
+    ``torch.compile`` traces, a refusal must come from what it traces, and costs nothing.
     """
-    return isinstance(x, torch.Tensor) and x.dim() == 2 and not _checks.autocasts(x.device)
+    return (
+        isinstance(x, torch.Tensor)
+        and x.dim() == 2
+        and not _checks.autocasts(x.device)
+        and not torch.compiler.is_compiling()
+    )
 
 
 def prepare(op: str, x, w1, w2, b1=None, b2=None, y=None) -> tuple:
@@ -89,7 +95,11 @@ def check(op: str, x, w1, w2, b1=None, b2=None, y=None) -> list[torch.Tensor]:
             given.append(value)
     device = x.device if isinstance(x, torch.Tensor) else None
     for value in given:
-        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+        if (
+            not isinstance(value, torch.Tensor)
+            or value.layout is not torch.strided
+            or value.is_nested
+        ):
             for name, each in _named(x, w1, w2, b1, b2, y).items():
                 _checks.tensor(op, name, each)
         if value.device != device:
@@ -219,8 +229,9 @@ class two_layer_backward:
 
 
 def fake_two_layer_forward(x, w1, w2, b1, b2):
-    """(out, hidden) without data; the device is checked, as a kernel would."""
+    """(out, hidden) without data; refuses what a kernel would."""
     check("two_layer_forward", x, w1, w2, b1, b2)
+    one_floating_dtype("two_layer_forward", x, w1, w2, b1, b2)
     hidden = x.new_empty((x.shape[0], w1.shape[1]))
     return x.new_empty((x.shape[0], w2.shape[1])), hidden
 
@@ -308,39 +319,47 @@ def sample_operands(device, dtype, requires_grad=False) -> Iterator[tuple[str, d
 def common_error_inputs(device, order: tuple[str, ...]) -> Iterator[ErrorInput]:
     """What every two-layer op refuses; ``order`` names its positional tensor arguments."""
 
+    ones = torch.ones
+    ones_of = {
+        "x": ones(5, 4, device=device),
+        "y": ones(5, 2, device=device),
+        "w1": ones(4, 3, device=device),
+        "w2": ones(3, 2, device=device),
+        "b1": ones(3, device=device),
+        "b2": ones(2, device=device),
+    }
+
     def case(name, error_type, error_regex, **changed) -> ErrorInput:
-        operands = {
-            "x": torch.ones(5, 4, device=device),
-            "y": torch.ones(5, 2, device=device),
-            "w1": torch.ones(4, 3, device=device),
-            "w2": torch.ones(3, 2, device=device),
-            "b1": torch.ones(3, device=device),
-            "b2": torch.ones(2, device=device),
-        } | changed
+        operands = {k: v.clone() for k, v in ones_of.items()} | changed
         args = tuple(operands[each] for each in order)
         return ErrorInput(args, error_type, error_regex, name=name)
 
-    ones = torch.ones
     yield case("list", TypeError, "'x' must be Tensor", x=[[1.0]])
     yield case("none", TypeError, "'w1' must be Tensor", w1=None)
     yield case("x_0d", RuntimeError, "'x' must", x=ones((), device=device))
     yield case("x_columns", RuntimeError, "'x' must have shape", x=ones(5, 6, device=device))
-    yield case("w1_1d", RuntimeError, "'w1' must be a matrix", w1=ones(4, device=device))
     yield case("w2_rows", RuntimeError, "'w2' must have shape", w2=ones(4, 2, device=device))
-    yield case("dtypes", RuntimeError, "same dtype", w1=ones(4, 3, device=device).double())
-    yield case("devices", RuntimeError, "same device", w2=ones(3, 2, device="meta"))
+    present = [name for name in order if name != "x"]
+    for name in present:
+        double = ones_of[name].double()
+        yield case(f"dtype_of_{name}", RuntimeError, "same dtype", **{name: double})
+    for name in order:
+        meta = ones_of[name].to("meta")
+        yield case(f"device_of_{name}", RuntimeError, "same device", **{name: meta})
+    for name in ("w1", "w2"):
+        for shape in ((), (3,), (4, 3, 2)):
+            yield case(
+                f"{name}_{len(shape)}d",
+                RuntimeError,
+                f"{name!r} must be a matrix",
+                **{name: ones(shape, device=device)},
+            )
     yield case("sparse", NotImplementedError, "layout", x=ones(5, 4, device=device).to_sparse())
-    integers = {
-        "x": ones(5, 4, device=device).long(),
-        "y": ones(5, 2, device=device).long(),
-        "w1": ones(4, 3, device=device).long(),
-        "w2": ones(3, 2, device=device).long(),
-        "b1": ones(3, device=device).long(),
-        "b2": ones(2, device=device).long(),
-    }
+    integers = {name: value.long() for name, value in ones_of.items()}
     yield case("integers", NotImplementedError, "not implemented for", **integers)
     if "b1" in order:
         yield case("b1_size", RuntimeError, "'b1' must have shape", b1=ones(4, device=device))
+        yield case("b1_2d", RuntimeError, "'b1' must have shape", b1=ones(1, 3, device=device))
         yield case("b2_size", RuntimeError, "'b2' must have shape", b2=ones(3, device=device))
     if "y" in order:
         yield case("y_size", RuntimeError, "'y' must have shape", y=ones(5, 3, device=device))

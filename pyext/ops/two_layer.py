@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from pyext.backends import select
-from pyext.ops import _samples, _two_layer
+from pyext.ops import _checks, _samples, _two_layer
 from pyext.ops._autograd import differentiable
 from pyext.registry import ErrorInput, Op, RawOp, SampleInput
 
@@ -45,13 +45,14 @@ def two_layer(
         ValueError: an unknown ``backend``.
     """
     if _two_layer.is_usual(x):
-        chosen = select(backend, x.device, "two_layer")
-        if chosen.namespace is not None:
-            try:
+        try:
+            chosen = select(backend, x.device, "two_layer")
+            if chosen.namespace is not None:
                 return _two_layer_forward(chosen.raw, x, w1, w2, b1, b2)[0]
-            except Exception:
-                _two_layer.prepare("two_layer", x, w1, w2, b1, b2)  # says it better
-                raise
+        except Exception as error:
+            raise _checks.in_better_words(
+                error, _two_layer.prepare, "two_layer", x, w1, w2, b1, b2
+            ) from None
     rows, w1, w2, b1, b2, _ = _two_layer.prepare("two_layer", x, w1, w2, b1, b2)
     chosen = select(backend, rows.device, "two_layer")
     if chosen.namespace is None:

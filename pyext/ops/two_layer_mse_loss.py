@@ -49,17 +49,14 @@ def two_layer_mse_loss(
     number = _checks.reduction(reduction)
     given = x, w1, w2, b1, b2
     if _two_layer.is_usual(x):
-        chosen = select(backend, x.device, "two_layer_mse_loss")
-        if chosen.namespace is not None:
-            try:
+        try:
+            chosen = select(backend, x.device, "two_layer_mse_loss")
+            if chosen.namespace is not None:
                 return _two_layer_mse_loss(chosen.raw, x, y, w1, w2, b1, b2, number)[0]
-            except Exception:
-                _checks.tensor("two_layer_mse_loss", "y", y)
-                _two_layer.prepare("two_layer_mse_loss", *given, y)  # says it better
-                raise
-    _checks.tensor("two_layer_mse_loss", "y", y)
+        except Exception as error:
+            raise _checks.in_better_words(error, _prepare, *given, y) from None
+    prepared = _prepare(*given, y)
     shape = y.shape
-    prepared = _two_layer.prepare("two_layer_mse_loss", *given, y)
     if prepared[0].dtype != torch.float64 and _checks.autocasts(y.device):
         prediction = _network.two_layer(*given, backend=backend)
         return mse_loss.mse_loss(prediction, y, reduction, backend=backend)
@@ -70,6 +67,11 @@ def two_layer_mse_loss(
     else:
         loss, _, _ = _two_layer_mse_loss(chosen.raw, x, y, w1, w2, b1, b2, number)
     return loss.reshape(shape) if reduction == "none" and len(shape) != 2 else loss
+
+
+def _prepare(x, w1, w2, b1, b2, y) -> tuple:
+    _checks.tensor("two_layer_mse_loss", "y", y)
+    return _two_layer.prepare("two_layer_mse_loss", x, w1, w2, b1, b2, y)
 
 
 def eager(x, y, w1, w2, b1=None, b2=None, reduction="sum") -> torch.Tensor:
@@ -124,6 +126,7 @@ class _two_layer_mse_loss:
 
 def _fake_forward(x, y, w1, w2, b1, b2, reduction):
     _two_layer.check("two_layer_mse_loss_forward", x, w1, w2, b1, b2, y)
+    _two_layer.one_floating_dtype("two_layer_mse_loss_forward", x, w1, w2, b1, b2, y)
     error = x.new_empty(y.shape)
     hidden = x.new_empty((x.shape[0], w1.shape[1]))
     return x.new_empty(y.shape if reduction == 0 else ()), hidden, error

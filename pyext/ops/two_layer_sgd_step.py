@@ -62,16 +62,17 @@ def two_layer_sgd_step(
         raise RuntimeError(f"{op}(): argument 'x' must be a matrix, but has shape {tuple(x.shape)}")
     try:
         return _step(op, x, y, w1, w2, lr, backend)
-    except Exception:
-        agree(op, x, y, w1, w2)  # says better what a raw op has refused, before it changed anything
-        raise
+    except Exception as error:  # a raw op refuses before it changes anything
+        raise _checks.in_better_words(error, agree, op, x, y, w1, w2) from None
 
 
 def _step(op: str, x, y, w1, w2, lr: float, backend: str | None) -> torch.Tensor:
     """The step; operands that do not agree are refused, but not in good words."""
     updatable(op, x, y, w1, w2)
     chosen = select(backend, x.device, op)
-    if chosen.name in ("eager", "triton"):  # Triton's update is counted before it can be refused
+    # The update of a step by Triton is counted before the raw op can refuse it; while torch.compile
+    # traces, a refusal must come from what it traces.
+    if chosen.name in ("eager", "triton") or torch.compiler.is_compiling():
         agree(op, x, y, w1, w2)
     if chosen.namespace is None:
         with torch.autocast(x.device.type, enabled=False):

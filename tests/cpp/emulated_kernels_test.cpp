@@ -633,8 +633,10 @@ void test_two_layer_backward() {
         Buffer<T> grad_w2(size.hidden * size.out);
         Buffer<T> grad_b1(size.hidden);
         Buffer<T> grad_b2(size.out);
-        const TwoLayerGradients<T> gradients{grad_x.data(), grad_w1.data(), grad_w2.data(),
-                                             grad_b1.data(), grad_b2.data()};
+        const bool w1_by_columns = with_grad_hidden, w2_by_columns = !with_grad_hidden;
+        const TwoLayerGradients<T> gradients{grad_x.data(),  grad_w1.data(), grad_w2.data(),
+                                             grad_b1.data(), grad_b2.data(), w1_by_columns,
+                                             w2_by_columns};
         two_layer_backward(size, grad_out.constant,
                            with_grad_hidden ? grad_hidden.constant : Matrix<const T>{},
                            net.x.constant, net.w1.constant, net.w2.constant, hidden.constant,
@@ -650,13 +652,17 @@ void test_two_layer_backward() {
               naive_product(size.batch, size.in, size.hidden, d_element,
                             transposed(element_of(net.w1))),
               size.hidden, d_scale, "x");
+        const auto weight_gradient = [&](int64_t m, int64_t n, const Element& a, const Element& b,
+                                         bool by_columns) {
+          return by_columns ? naive_product(n, m, size.batch, transposed(b), a)
+                            : naive_product(m, n, size.batch, transposed(a), b);
+        };
         check(grad_w1,
-              naive_product(size.in, size.hidden, size.batch, transposed(element_of(net.x)),
-                            d_element),
+              weight_gradient(size.in, size.hidden, element_of(net.x), d_element, w1_by_columns),
               size.batch, d_scale, "w1");
         check(grad_w2,
-              naive_product(size.hidden, size.out, size.batch, transposed(element_of(hidden)),
-                            element_of(grad_out)),
+              weight_gradient(size.hidden, size.out, element_of(hidden), element_of(grad_out),
+                              w2_by_columns),
               size.batch, 1, "w2");
         const Element one = [](int64_t, int64_t) { return 1.0; };
         check(grad_b1, naive_product(1, size.hidden, size.batch, one, d_element), size.batch,

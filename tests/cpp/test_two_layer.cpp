@@ -31,24 +31,30 @@ struct Backwards {
 template <class T>
 struct Values {
   std::vector<T> data;
-  int64_t rows, columns;
+  int64_t rows, columns, row_stride, column_stride;
 
-  Values(int64_t rows, int64_t columns, int step = 0)
-      : data(rows * columns), rows(rows), columns(columns) {
+  Values(int64_t rows, int64_t columns, int step = 0, bool by_columns = false)
+      : data(rows * columns),
+        rows(rows),
+        columns(columns),
+        row_stride(by_columns ? 1 : columns),
+        column_stride(by_columns ? rows : 1) {
     for (size_t i = 0; i < data.size() && step; ++i) data[i] = static_cast<T>(i * step % 5) - 2;
   }
-  T& operator()(int64_t i, int64_t j) { return data[i * columns + j]; }
-  Matrix<T> matrix() { return {data.data(), rows, columns, columns, 1}; }
-  Matrix<const T> view() const { return {data.data(), rows, columns, columns, 1}; }
+  T& operator()(int64_t i, int64_t j) { return matrix()(i, j); }
+  Matrix<T> matrix() { return {data.data(), rows, columns, row_stride, column_stride}; }
+  Matrix<const T> view() const {
+    return {data.data(), rows, columns, row_stride, column_stride};
+  }
 };
 
 template <class T>
 void check_step(int64_t n, int64_t n_in, int64_t n_hidden, int64_t n_out, int64_t threads,
-                bool by_halves) {
-  const Values<T> x(n, n_in, 3), y(n, n_out, 2), w1_before(n_in, n_hidden, 7);
-  const Values<T> w2_before(n_hidden, n_out, 3);
+                bool by_halves, bool w1_by_columns = false, bool w2_by_columns = false) {
+  const Values<T> x(n, n_in, 3), y(n, n_out, 2), w1_before(n_in, n_hidden, 7, w1_by_columns);
+  const Values<T> w2_before(n_hidden, n_out, 3, w2_by_columns);
   Values<T> w1 = w1_before, w2 = w2_before, hidden(n, n_hidden), grad_out(n, n_out), d(n, n_hidden);
-  Values<T> g1(n_in, n_hidden), g2(n_hidden, n_out);
+  Values<T> g1(n_in, n_hidden, 0, w1_by_columns), g2(n_hidden, n_out, 0, w2_by_columns);
   const T lr = T(0.5);
   PYEXT_ON_BEST_ISA({
     const int64_t partials = pyext::divide_up(n_out, kernels::Vector<T>::lanes);
@@ -116,5 +122,14 @@ int main() {
   check_step<double>(300, 9, 52, 3, 2, true);  // a batch of more than one sum block
   check_step<float>(6, 5, 100, 1, 2, true);
   check_step<float>(9, 3, 97, 2, 3, true);
+  // Of a weight by columns it is x that must fit the registers: with 100 columns, of 64 bits with 52.
+  for (int64_t threads : {1, 2, 3})
+    for (const bool w1_by_columns : {false, true})
+      for (const bool w2_by_columns : {false, true}) {
+        for (int64_t n_in : {5, 97, 100, 112})
+          check_step<float>(9, n_in, 100, 3, threads, true, w1_by_columns, w2_by_columns);
+        for (int64_t n_in : {49, 52})
+          check_step<double>(33, n_in, 61, 3, threads, false, w1_by_columns, w2_by_columns);
+      }
   return failures != 0;
 }

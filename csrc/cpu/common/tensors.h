@@ -111,10 +111,10 @@ using Extents = torch::headeronly::IntHeaderOnlyArrayRef;
 // 0.3 (a small ReLU's forward takes 2.8 in all).
 inline Tensor fresh(const Tensor& like, Extents sizes, Extents strides) {
   int32_t dtype, device_type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  PYEXT_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  PYEXT_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle fresh;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(),
+  PYEXT_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(),
                                                   strides.data(), dtype, device_type,
                                                   like.get_device_index(), &fresh));
   return Tensor(fresh);
@@ -126,8 +126,8 @@ inline Tensor fresh(const Tensor& like, Extents sizes) {
   int64_t usual[kUsual];
   std::vector<int64_t> many(sizes.size() > kUsual ? sizes.size() : 0);
   int64_t* strides = many.empty() ? usual : many.data();
-  int64_t run = 1;
-  for (size_t d = sizes.size(); d-- > 0; run *= std::max<int64_t>(sizes[d], 1)) strides[d] = run;
+  for (size_t d = sizes.size(); d-- > 0;)
+    strides[d] = d + 1 == sizes.size() ? 1 : strides[d + 1] * std::max<int64_t>(sizes[d + 1], 1);
   return fresh(like, sizes, Extents(strides, sizes.size()));
 }
 
