@@ -477,8 +477,11 @@ def test_sgd_steps_are_single_steps_to_the_bit(backend, device, dtype, shape):
 @pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
 def test_gradients_of_weights_lie_as_the_weights_do(backend, device, shape):
     n, n_in, n_hidden, n_out = shape
-    x, y = torch.randn(n, n_in, device=device), torch.randn(n, n_out, device=device)
-    by_rows = [torch.randn(s, device=device) / 4 for s in ((n_in, n_hidden), (n_hidden, n_out))]
+    # Small integers, so that every sum is exact in any order.
+    x, y, *by_rows = (
+        torch.randint(-2, 3, each, device=device).float()
+        for each in ((n, n_in), (n, n_out), (n_in, n_hidden), (n_hidden, n_out))
+    )
     by_columns = [each.mT.contiguous().mT for each in by_rows]
     assert not any(each.is_contiguous() for each in by_columns)
     ops = (
@@ -493,7 +496,7 @@ def test_gradients_of_weights_lie_as_the_weights_do(backend, device, shape):
         (second,) = torch.autograd.grad(op(w1.detach(), w2, backend), w2)
         for grads in (both, (first, second)):
             assert [each.stride() for each in grads] == [w1.stride(), w2.stride()]
-            torch.testing.assert_close(grads, expected)
+            torch.testing.assert_close(grads, expected, rtol=0, atol=0)
 
 
 def test_a_result_that_does_not_fit_memory_says_so():

@@ -60,6 +60,8 @@ def two_layer_sgd_step(
     lr = _checks.learning_rate(op, lr)
     if isinstance(x, torch.Tensor) and x.dim() != 2:  # y has x's leading dimensions, so it, too
         raise RuntimeError(f"{op}(): argument 'x' must be a matrix, but has shape {tuple(x.shape)}")
+    if torch.compiler.is_compiling():  # a refusal must come from what is traced
+        agree(op, x, y, w1, w2)
     try:
         return _step(op, x, y, w1, w2, lr, backend)
     except Exception as error:  # a raw op refuses before it changes anything
@@ -70,9 +72,7 @@ def _step(op: str, x, y, w1, w2, lr: float, backend: str | None) -> torch.Tensor
     """The step; operands that do not agree are refused, but not in good words."""
     updatable(op, x, y, w1, w2)
     chosen = select(backend, x.device, op)
-    # The update of a step by Triton is counted before the raw op can refuse it; while torch.compile
-    # traces, a refusal must come from what it traces.
-    if chosen.name in ("eager", "triton") or torch.compiler.is_compiling():
+    if chosen.name in ("eager", "triton"):  # Triton's update is counted before it can be refused
         agree(op, x, y, w1, w2)
     if chosen.namespace is None:
         with torch.autocast(x.device.type, enabled=False):
