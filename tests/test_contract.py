@@ -499,6 +499,20 @@ def test_gradients_of_weights_lie_as_the_weights_do(backend, device, shape):
             torch.testing.assert_close(grads, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+def test_an_error_of_the_callers_own_is_left_as_it_is(backend, device):
+    cause = KeyError("reason")
+
+    def fails(tensor):
+        raise LookupError("no room") from cause
+
+    x, w1, w2 = (torch.ones(s, device=device) for s in ((5, 4), (4, 3), (3, 2)))
+    hooks = torch.autograd.graph.saved_tensors_hooks(fails, fails)
+    with hooks, pytest.raises(LookupError, match="no room") as e:
+        P.two_layer(x, w1.requires_grad_(), w2, backend=backend)
+    assert e.value.__cause__ is cause
+
+
 def test_a_result_that_does_not_fit_memory_says_so():
     x, w1, w2 = torch.empty(2**40, 0), torch.empty(0, 2**12), torch.empty(2**12, 1)
     with pytest.raises(RuntimeError, match="allocate"):

@@ -25,13 +25,15 @@ def tensor(op: str, name: str, value: object) -> None:
         )
 
 
-def in_better_words(error: Exception, check: Callable, *args) -> Exception:
-    """What ``check(*args)`` raises, which looks at what a raw op has refused; else ``error``."""
+def say_better(check: Callable, *args) -> None:
+    """Raises what ``check(*args)`` does, if anything, in place of the error that is being handled.
+
+    For what a raw op has refused: the check words it better, and the raw op's words are left out.
+    """
     try:
         check(*args)
     except Exception as better:
-        return better
-    return error
+        raise better from None
 
 
 def same_device(op: str, **tensors: torch.Tensor) -> torch.device:

@@ -47,7 +47,7 @@ def mse_loss(
     _checks.tensor("mse_loss", "input", input)
     _checks.tensor("mse_loss", "target", target)
     number = _checks.reduction(reduction)
-    # What fits is seen here: calls that find it so would cost a small call 2 of 60 µs.
+    # What fits is seen here, without a call that finds it so.
     device, dtype = input.device, input.dtype
     if target.device != device:
         _checks.same_device("mse_loss", input=input, target=target)

@@ -49,10 +49,9 @@ def two_layer(
             chosen = select(backend, x.device, "two_layer")
             if chosen.namespace is not None:
                 return _two_layer_forward(chosen.raw, x, w1, w2, b1, b2)[0]
-        except Exception as error:
-            raise _checks.in_better_words(
-                error, _two_layer.prepare, "two_layer", x, w1, w2, b1, b2
-            ) from None
+        except Exception:
+            _checks.say_better(_two_layer.prepare, "two_layer", x, w1, w2, b1, b2)
+            raise
     rows, w1, w2, b1, b2, _ = _two_layer.prepare("two_layer", x, w1, w2, b1, b2)
     chosen = select(backend, rows.device, "two_layer")
     if chosen.namespace is None:

@@ -53,8 +53,9 @@ def two_layer_mse_loss(
             chosen = select(backend, x.device, "two_layer_mse_loss")
             if chosen.namespace is not None:
                 return _two_layer_mse_loss(chosen.raw, x, y, w1, w2, b1, b2, number)[0]
-        except Exception as error:
-            raise _checks.in_better_words(error, _prepare, *given, y) from None
+        except Exception:
+            _checks.say_better(_prepare, *given, y)
+            raise
     prepared = _prepare(*given, y)
     shape = y.shape
     if prepared[0].dtype != torch.float64 and _checks.autocasts(y.device):

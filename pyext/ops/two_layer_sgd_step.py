@@ -64,8 +64,9 @@ def two_layer_sgd_step(
         agree(op, x, y, w1, w2)
     try:
         return _step(op, x, y, w1, w2, lr, backend)
-    except Exception as error:  # a raw op refuses before it changes anything
-        raise _checks.in_better_words(error, agree, op, x, y, w1, w2) from None
+    except Exception:  # a raw op refuses before it changes anything
+        _checks.say_better(agree, op, x, y, w1, w2)
+        raise
 
 
 def _step(op: str, x, y, w1, w2, lr: float, backend: str | None) -> torch.Tensor:

@@ -107,8 +107,8 @@ inline Tensor in_huge_pages(Tensor out) {
 using Extents = torch::headeronly::IntHeaderOnlyArrayRef;
 
 // Uninitialised memory, straight from PyTorch's allocator: torch::stable::new_empty and empty_like go
-// through the dispatcher, which finds them by their names, and take 0.7 and 1.3 µs where this takes
-// 0.3 (a small ReLU's forward takes 2.8 in all).
+// through the dispatcher, which finds them by their names. With this and in_one_run relu_forward of
+// 4096 elements takes 2.4 µs instead of 2.8, mse_loss_forward_backward 3.9 instead of 5.9.
 inline Tensor fresh(const Tensor& like, Extents sizes, Extents strides) {
   int32_t dtype, device_type;
   PYEXT_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
@@ -135,7 +135,7 @@ inline Tensor fresh_like(const Tensor& t) {
   return t.is_contiguous() ? fresh(t, t.sizes(), t.strides()) : torch::stable::empty_like(t);
 }
 
-// `t` itself if it is contiguous, which torch::stable::contiguous asks the dispatcher (0.5 µs).
+// `t` itself if it is contiguous, which torch::stable::contiguous would ask the dispatcher.
 inline Tensor in_one_run(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
