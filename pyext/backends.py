@@ -271,10 +271,10 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def empty_buffer_pool() -> int:
-    """Frees the memory that the C++ kernels keep for the intermediates of later calls.
+    """Frees the memory that the C++ kernels keep for the intermediates and large outputs to come.
 
     Returns:
-        Bytes freed: 64 MiB at most; 0 where the extension is not available, or where another
+        Bytes freed: 256 MiB at most; 0 where the extension is not available, or where another
         thread is at the pool just then.
     """
     extension = BACKENDS["extension"]

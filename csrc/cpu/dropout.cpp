@@ -14,7 +14,7 @@ constexpr int64_t kDropoutGrain = kGrain / 4;
 Tensor dropout_seeded(const Tensor& input, const Tensor& seed, int64_t threshold, double scale) {
   STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1 && seed.is_cpu(),
                   "dropout_seeded: seed must be one int64 on the CPU");
-  Tensor out = in_huge_pages(fresh(input, input.sizes()));
+  Tensor out = fresh(input, input.sizes());
   if (threshold > UINT32_MAX) return torch::stable::zero_(out);
   const Tensor x = with_strides_of(out, input);
   const auto key = uint64_t(*seed.const_data_ptr<int64_t>());

@@ -53,7 +53,7 @@ Tensor mse_loss_forward(const Tensor& input, const Tensor& target, int64_t reduc
   const Tensor flat_input = in_one_run(input);
   const Tensor flat_target = in_one_run(target);
   Tensor out =
-      reduction == kNone ? in_huge_pages(fresh(input, input.sizes())) : fresh(input, {});
+      reduction == kNone ? fresh(input, input.sizes()) : fresh(input, {});
   visit_floating(input.scalar_type(), "mse_loss_forward", [&]<class T>(Type<T>) {
     using Acc = Accumulate<T>;
     const T* input_data = flat_input.const_data_ptr<T>();
@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor> mse_loss_forward_backward(const Tensor& input, const 
   const Tensor flat_input = in_one_run(input);
   const Tensor flat_target = in_one_run(target);
   Tensor loss = fresh(input, {});
-  Tensor grad_input = in_huge_pages(fresh(input, input.sizes()));
+  Tensor grad_input = fresh(input, input.sizes());
   visit_floating(input.scalar_type(), op, [&]<class T>(Type<T>) {
     *loss.mutable_data_ptr<T>() = T(Accumulate<T>(sum_of_squared_errors<T>(
         flat_input.const_data_ptr<T>(), flat_target.const_data_ptr<T>(), input.numel(), reduction,
@@ -104,7 +104,7 @@ Tensor mse_loss_backward(const Tensor& grad, const Tensor& input, const Tensor& 
   const Tensor flat_grad = in_one_run(grad);
   const Tensor flat_input = in_one_run(input);
   const Tensor flat_target = in_one_run(target);
-  Tensor grad_input = in_huge_pages(fresh(input, input.sizes()));
+  Tensor grad_input = fresh(input, input.sizes());
   visit_floating(input.scalar_type(), "mse_loss_backward", [&]<class T>(Type<T>) {
     using Acc = Accumulate<T>;
     const int64_t step = reduction == kNone ? 1 : 0;

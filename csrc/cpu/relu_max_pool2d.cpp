@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor> relu_max_pool2d_forward(Tensor input, Sizes kernel, S
   const Pooling p = checked_pooling(op, input, kernel, stride, padding);
   const Tensor flat = in_one_run(input);
   const Sizes sizes = with_last_two(input, p.out_height, p.out_width);
-  Tensor out = in_huge_pages(fresh(input, sizes));
+  Tensor out = fresh(input, sizes);
   Tensor index = torch::stable::new_empty(input, sizes, ScalarType::Byte);
   visit_floating(input.scalar_type(), op, [&]<class T>(Type<T>) {
     const T* from = flat.const_data_ptr<T>();
@@ -45,7 +45,7 @@ Tensor relu_max_pool2d_backward(Tensor grad, Tensor index, Sizes kernel, Sizes s
   check_index(op, index, grad, p);
   const Tensor flat_grad = in_one_run(grad);
   const Tensor flat_index = in_one_run(index);
-  Tensor grad_input = in_huge_pages(fresh(grad, with_last_two(grad, height, width)));
+  Tensor grad_input = fresh(grad, with_last_two(grad, height, width));
   visit_floating(grad.scalar_type(), op, [&]<class T>(Type<T>) {
     const T* grad_data = flat_grad.const_data_ptr<T>();
     const uint8_t* index_data = flat_index.const_data_ptr<uint8_t>();

@@ -1,7 +1,8 @@
 // ReLU: out = x < 0 ? 0 : x, so that nan passes and -0.0 stays;  grad_x = out <= 0 ? 0 : grad.
 //
-// Bytes moved: forward 2n, backward 3n elements. Launch: 256 threads, four 16-byte vectors per
-// thread and input (elementwise.cuh); one element per access where a pointer is unaligned.
+// Bytes moved: forward 2n, backward 3n elements; with a mask, one bit for each element that says
+// whether grad passes, 2n elements and n/8 bytes each way. Launch: 256 threads, four 16-byte vectors
+// per thread and input (elementwise.cuh); one element per access where a pointer is unaligned.
 #pragma once
 
 #include "common/elementwise.cuh"
@@ -75,6 +76,133 @@ void relu_backward(const T* grad, const T* out, T* grad_x, int64_t n, cudaStream
            n);
   } else {
     launch(relu_backward_kernel<T, 1>, elementwise_shape(n, 1), stream, grad, out, grad_x, n);
+  }
+}
+
+// With a mask: bit i % 8 of mask[i / 8] is 1 where out[i] > 0 or is nan; those behind the last
+// element are 0. Neighbouring lanes hold the elements of one byte.
+template <int Width>
+constexpr int LANES_PER_BYTE = Width < 8 ? 8 / Width : 1;
+
+// Calls visit(first) as for_each_chunk does, but all threads of a block equally often: they meet in
+// shuffles. A byte's lanes are all below `vectors` or none is.
+template <class Visit>
+__device__ __forceinline__ void for_each_chunk_together(int64_t vectors, Visit visit) {
+  const int64_t chunk = int64_t{ELEMENTWISE_THREADS} * VECTORS_IN_FLIGHT;
+  for (int64_t begin = blockIdx.x * chunk; begin < vectors; begin += gridDim.x * chunk) {
+    visit(begin + threadIdx.x);
+  }
+}
+
+template <class T, int Width>
+constexpr KernelLimits relu_with_mask_limits() {
+  return elementwise_limits<T, Width, 1>();
+}
+
+template <class T, int Width>
+__global__ void __launch_bounds__(ELEMENTWISE_THREADS)
+    relu_forward_with_mask_kernel(const T* x, T* out, uint8_t* mask, int64_t n) {
+  constexpr int lanes = LANES_PER_BYTE<Width>;
+  const int64_t vectors = n / 8 * (8 / Width);
+  const int lane = threadIdx.x % lanes;
+  for_each_chunk_together(vectors, [&](int64_t first) {
+    Vector<T, Width> loaded[VECTORS_IN_FLIGHT];
+#pragma unroll
+    for (int i = 0; i < VECTORS_IN_FLIGHT; ++i) {
+      const int64_t vector = first + i * ELEMENTWISE_THREADS;
+      if (vector < vectors) loaded[i] = load_vector<T, Width>(x + vector * Width);
+    }
+#pragma unroll
+    for (int i = 0; i < VECTORS_IN_FLIGHT; ++i) {
+      const int64_t vector = first + i * ELEMENTWISE_THREADS;
+      unsigned passes = 0;
+      if (vector < vectors) {
+        Vector<T, Width> result;
+#pragma unroll
+        for (int j = 0; j < Width; ++j) {
+          result.at[j] = ReluForward{}(loaded[i].at[j]);
+          passes |= unsigned(!(to_accumulate(result.at[j]) <= 0)) << (lane * Width + j);
+        }
+        store_vector(out + vector * Width, result);
+      }
+#pragma unroll
+      for (int offset = 1; offset < lanes; offset *= 2) {
+        passes |= __shfl_xor_sync(FULL_WARP, passes, offset);
+      }
+      if (lane == 0 && vector < vectors) {
+        mask[vector / lanes] = static_cast<uint8_t>(passes);
+      }
+    }
+  });
+  if (blockIdx.x == 0 && threadIdx.x == 0 && n % 8 != 0) {
+    unsigned passes = 0;
+    for (int64_t i = n / 8 * 8; i < n; ++i) {
+      out[i] = ReluForward{}(x[i]);
+      passes |= unsigned(!(to_accumulate(out[i]) <= 0)) << (i % 8);
+    }
+    mask[n / 8] = static_cast<uint8_t>(passes);
+  }
+}
+
+template <class T, int Width>
+__global__ void __launch_bounds__(ELEMENTWISE_THREADS)
+    relu_backward_with_mask_kernel(const T* grad, const uint8_t* mask, T* grad_x, int64_t n) {
+  constexpr int lanes = LANES_PER_BYTE<Width>;
+  const int64_t vectors = n / 8 * (8 / Width);
+  const int lane = threadIdx.x % lanes;
+  for_each_chunk(vectors, [&](int64_t first) {
+    Vector<T, Width> loaded[VECTORS_IN_FLIGHT];
+    unsigned passes[VECTORS_IN_FLIGHT];
+#pragma unroll
+    for (int i = 0; i < VECTORS_IN_FLIGHT; ++i) {
+      const int64_t vector = first + i * ELEMENTWISE_THREADS;
+      if (vector < vectors) {
+        loaded[i] = load_vector<T, Width>(grad + vector * Width);
+        passes[i] = mask[vector / lanes] >> (lane * Width);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < VECTORS_IN_FLIGHT; ++i) {
+      const int64_t vector = first + i * ELEMENTWISE_THREADS;
+      if (vector < vectors) {
+        Vector<T, Width> result;
+#pragma unroll
+        for (int j = 0; j < Width; ++j) {
+          result.at[j] = passes[i] >> j & 1 ? loaded[i].at[j] : from_accumulate<T>(0);
+        }
+        store_vector(grad_x + vector * Width, result);
+      }
+    }
+  });
+  const int64_t tail = n / 8 * 8 + threadIdx.x;
+  if (blockIdx.x == 0 && tail < n) {
+    grad_x[tail] = mask[tail / 8] >> (tail % 8) & 1 ? grad[tail] : from_accumulate<T>(0);
+  }
+}
+
+template <class T>
+void relu_forward_with_mask(const T* x, T* out, uint8_t* mask, int64_t n, cudaStream_t stream) {
+  if (n == 0) return;
+  constexpr int width = ELEMENTS_PER_16_BYTES<T>;
+  if (all_aligned_to_16(x, out)) {
+    launch(relu_forward_with_mask_kernel<T, width>, elementwise_shape(n, width), stream, x, out,
+           mask, n);
+  } else {
+    launch(relu_forward_with_mask_kernel<T, 1>, elementwise_shape(n, 1), stream, x, out, mask, n);
+  }
+}
+
+template <class T>
+void relu_backward_with_mask(const T* grad, const uint8_t* mask, T* grad_x, int64_t n,
+                             cudaStream_t stream) {
+  if (n == 0) return;
+  constexpr int width = ELEMENTS_PER_16_BYTES<T>;
+  if (all_aligned_to_16(grad, grad_x)) {
+    launch(relu_backward_with_mask_kernel<T, width>, elementwise_shape(n, width), stream, grad,
+           mask, grad_x, n);
+  } else {
+    launch(relu_backward_with_mask_kernel<T, 1>, elementwise_shape(n, 1), stream, grad, mask,
+           grad_x, n);
   }
 }
 

@@ -2,7 +2,7 @@
 
 ``benchmarks/run.py`` is its command line. The order is: ceilings, the ops with all variants
 interleaved, those with preallocated outputs in a process of their own, Triton in its interpreter,
-each peer alone, the ceilings once more, and the MNIST training.
+each variant alone, the ceilings once more, and the MNIST training.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MNIST = "mnist"
 COMPILED = ("compile", "compile-max")
 # Every mnist run needs about this long in the quick profile, and the plots and tables that.
 _MNIST_S, _REPORT_S = 36.0, 7.0
-# A process of its own for a peer, in the quick profile: 2 s to start, the rest measuring.
+# A process of its own for a variant, in the quick profile: 2 s to start, the rest measuring.
 _ALONE_S = 12.0
 # Triton's interpreter runs a thousand times slower: enough elements for several blocks and a tail.
 _INTERPRETED_ELEMENTS, _INTERPRETED_EXTENT = 3000, 40
@@ -46,9 +46,9 @@ class Profile:
     effort: Effort
     alone: Effort
     alone_directions: tuple[str, ...]
-    """The directions in which the baseline and the peers are also timed alone."""
+    """The directions in which every variant is also timed alone."""
     alone_outputs: tuple[str, ...]
-    """The kinds of rows in which they are: with outputs allocated, or preallocated."""
+    """The kinds of rows in which it is: with outputs allocated, or preallocated."""
     preallocated: tuple[str, ...]
     """The directions that are also timed with preallocated outputs, on a CPU."""
     host_path: bool
@@ -99,7 +99,7 @@ class Settings:
     seed: int
     effort: Effort
     alone: Effort | None
-    """None: peers are not timed alone."""
+    """None: nothing is timed alone."""
     limit_s: float | None
 
     @property
@@ -174,7 +174,7 @@ class Benchmark:
             if PROFILES[settings.profile].host_path:
                 yield "host path of small calls", self._take_small_calls_apart
             if settings.alone and self._soloists():
-                yield "peers alone", self._time_alone
+                yield "each alone", self._time_alone
             yield "ceilings once more", self._measure_ceilings
         if MNIST in settings.suites:
             yield "mnist", self._train_mnist
@@ -432,13 +432,12 @@ class Benchmark:
         return names, prevented
 
     def _soloists(self) -> list[str]:
-        """Who is also timed alone: the baseline and the peers that can run here at all."""
-        available = [
-            name
-            for name in self.settings.peers
-            if why_unavailable(name, self.settings.device) is None
-        ]
-        return ["eager", *available]
+        """Who is also timed alone: whatever can run here at all, the baseline first."""
+        device = self.settings.device
+        usable = set(backends(device))
+        peers = (name for name in self.settings.peers if why_unavailable(name, device) is None)
+        timed = (name for name in self.settings.backends if name in usable and name != "eager")
+        return ["eager", *timed, *peers]
 
     def _time_left(self) -> float:
         if self.settings.limit_s is None:

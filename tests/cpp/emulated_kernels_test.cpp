@@ -191,6 +191,31 @@ void test_relu_backward() {
 }
 
 template <class T>
+void test_relu_with_mask() {
+  for (const int64_t n : ELEMENT_COUNTS) {
+    for (const int offset : {0, 1}) {
+      Buffer<T> x(n, offset), grad(n, offset), out(n), grad_x(n);
+      Buffer<uint8_t> mask(ceil_div(n, 8));
+      fill_with_specials(x);
+      grad.fill_normal();
+      relu_forward_with_mask<T>(x.data(), out.data(), mask.data(), n, nullptr);
+      relu_backward_with_mask<T>(grad.data(), mask.data(), grad_x.data(), n, nullptr);
+      bool right = n % 8 == 0 || mask[n / 8] >> n % 8 == 0;
+      for (int64_t i = 0; i < n; ++i) {
+        const double value = to_double(x[i]);
+        const bool passes = !(value <= 0);
+        right &= same(to_double(out[i]), value < 0 ? 0 : value);
+        right &= (mask[i / 8] >> i % 8 & 1) == passes;
+        right &= same(to_double(grad_x[i]), passes ? to_double(grad[i]) : 0);
+      }
+      right &= out.surroundings_untouched() && mask.surroundings_untouched() &&
+               grad_x.surroundings_untouched();
+      expect(right, "relu with a mask, n " + std::to_string(n));
+    }
+  }
+}
+
+template <class T>
 void test_adadelta_step() {
   const double lr = 0.5, rho = 0.75, eps = 0.125, weight_decay = 0.25;
   for (const int64_t n : ELEMENT_COUNTS) {
@@ -879,6 +904,7 @@ template <class T>
 void test_floating() {
   test_relu_forward<T>();
   test_relu_backward<T>();
+  test_relu_with_mask<T>();
   test_mse_loss<T>();
   test_product<T>();
   test_column_sum<T>();

@@ -30,6 +30,11 @@ int main() {
     CHECK(is_aligned(other.get(), 64) && is_aligned(small.get(), 64) && is_aligned(none.get(), 64));
     for (int i = 0; i < 1 << 20; ++i) again.get()[i] = other.get()[i] = 1;
   }
+  {
+    // Both come back in the order of their declaration reversed, so `again`'s is the newer one.
+    const Buffer<float> newest(1 << 20);
+    CHECK(newest.get() == first);
+  }
   CHECK(BufferPool::instance().empty() == 2 * sizeof(float) << 20);
   CHECK(BufferPool::instance().empty() == 0);
   {
@@ -38,16 +43,16 @@ int main() {
   }
   CHECK(BufferPool::instance().empty() <= BufferPool::kMost);
   {
-    const Buffer<char> large(40 << 20);
+    const Buffer<char> large(160 << 20);
   }
   {
     // A block more than twice as large as is needed stays for those who need it, until there is no
     // room for what was used since.
-    const Buffer<char> less(10 << 20);
+    const Buffer<char> less(40 << 20);
   }
   {
-    const Buffer<char> newer(16 << 20);
+    const Buffer<char> newer(64 << 20);
   }
-  CHECK(BufferPool::instance().empty() == size_t{26} << 20);  // 10 and 16, not the older 40
+  CHECK(BufferPool::instance().empty() == size_t{104} << 20);  // 40 and 64, not the older 160
   return failures != 0;
 }

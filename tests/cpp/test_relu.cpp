@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "check.h"
+#include "common/bits.h"
 
 #define PYEXT_KERNELS "relu.h"
 #include "common/for_each_isa.h"
@@ -66,6 +67,32 @@ void check_lengths() {
   }
 }
 
+// Around the 64 elements that are taken at a time; what lies behind the mask and the outputs stays.
+template <class T>
+void check_masks() {
+  const T nan = std::numeric_limits<T>::quiet_NaN(), inf = std::numeric_limits<T>::infinity();
+  const T special[] = {T(3), T(-2), nan, T(0), T(-0.0), inf, -inf, -nan, T(1)};
+  for (int n = 0; n < 200; ++n) {
+    const int bytes = (n + 7) / 8;
+    std::vector<T> x(n), grad(n), out(n + 1, T(77)), grad_x(n + 1, T(77));
+    std::vector<uint8_t> mask(bytes + 1, 77);
+    for (int i = 0; i < n; ++i) {
+      x[i] = special[i % 9];
+      grad[i] = static_cast<T>(i + 1);
+    }
+    PYEXT_ON_BEST_ISA(kernels::relu_forward_with_mask(x.data(), out.data(), mask.data(), n));
+    PYEXT_ON_BEST_ISA(kernels::relu_backward_with_mask(grad.data(), mask.data(), grad_x.data(), n));
+    for (int i = 0; i < n; ++i) {
+      const bool passes = !(x[i] <= 0);
+      CHECK((mask[i / 8] >> i % 8 & 1) == passes);
+      CHECK(grad_x[i] == (passes ? grad[i] : T(0)));
+      CHECK(std::isnan(x[i]) ? std::isnan(out[i]) : out[i] == (x[i] < 0 ? T(0) : x[i]));
+    }
+    if (n % 8 != 0) CHECK(mask[n / 8] >> n % 8 == 0);
+    CHECK(mask[bytes] == 77 && out[n] == 77 && grad_x[n] == 77);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -75,5 +102,7 @@ int main() {
   check_lengths<double>();
   check_lengths<int32_t>();
   check_lengths<int8_t>();
+  check_masks<float>();
+  check_masks<double>();
   return failures != 0;
 }

@@ -1,4 +1,4 @@
-// Uninitialised memory for intermediates. No PyTorch in here.
+// Uninitialised memory for intermediates and large outputs. No PyTorch in here.
 #pragma once
 
 #include <cstddef>
@@ -14,10 +14,11 @@
 namespace pyext {
 
 // Blocks are kept between calls: a step at 1024 x 784 x 512 x 10 needs 6 MB of them, 1500 pages that
-// the system would have to map and clear at each call. At most kMost bytes are kept, in huge pages.
+// the system would have to map and clear at each call. At most kMost bytes are kept, in huge pages:
+// room for the output and the gradient of a ReLU of 2^25 floats.
 class BufferPool {
  public:
-  static constexpr size_t kHugePage = 2 << 20, kMost = 64 << 20;
+  static constexpr size_t kHugePage = 2 << 20, kMost = 256 << 20;
 
   // Never destroyed: threads may still give back blocks while the process ends.
   static BufferPool& instance() {
@@ -31,9 +32,10 @@ class BufferPool {
     // Whoever finds the pool in use goes without it: a fork may have left it locked for ever.
     if (std::unique_lock lock(mutex_, std::try_to_lock); lock) {
       auto best = blocks_.end();
+      // The last one given back among equals: its lines are the likeliest to be cached still.
       for (auto block = blocks_.begin(); block != blocks_.end(); ++block)
         if (block->size >= size && block->size <= 2 * size &&
-            (best == blocks_.end() || block->size < best->size))
+            (best == blocks_.end() || block->size <= best->size))
           best = block;
       if (best != blocks_.end()) {
         void* data = best->data;

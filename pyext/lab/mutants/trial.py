@@ -58,13 +58,13 @@ class Checks:
 
 _OPS = tuple(
     f"tests/test_{name}.py"
-    for name in ("ops", "contract", "autograd", "autocast", "indexing", "opinfo")
+    for name in ("ops", "relu_mask", "contract", "autograd", "autocast", "indexing", "opinfo")
 )
 """What every backend has to pass."""
 
 CHECKS = {
     "cpp": Checks(
-        (*_OPS, "tests/test_backends.py"),
+        (*_OPS, "tests/test_memory.py", "tests/test_backends.py"),
         "not triton and not emulated and not eager-cpu",
         ("cpp",),
         "extension",
