@@ -94,9 +94,13 @@ __device__ __forceinline__ void for_each_chunk_together(int64_t vectors, Visit v
   }
 }
 
+// One element at a time, where a pointer is unaligned, six blocks per multiprocessor have to do:
+// the address of its byte takes registers (sm_100: 40).
 template <class T, int Width>
 constexpr KernelLimits relu_with_mask_limits() {
-  return elementwise_limits<T, Width, 1>();
+  KernelLimits limits = elementwise_limits<T, Width, 1>();
+  if (Width == 1) limits.registers = registers_for(6, ELEMENTWISE_THREADS);
+  return limits;
 }
 
 template <class T, int Width>
@@ -144,8 +148,9 @@ __global__ void __launch_bounds__(ELEMENTWISE_THREADS)
   }
 }
 
+// Told how many blocks must fit: for halves on sm_80 the compiler would rather fit five, and spill.
 template <class T, int Width>
-__global__ void __launch_bounds__(ELEMENTWISE_THREADS)
+__global__ void __launch_bounds__(ELEMENTWISE_THREADS, Width == 1 ? 6 : 4)
     relu_backward_with_mask_kernel(const T* grad, const uint8_t* mask, T* grad_x, int64_t n) {
   constexpr int lanes = LANES_PER_BYTE<Width>;
   const int64_t vectors = n / 8 * (8 / Width);
