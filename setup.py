@@ -28,8 +28,12 @@ METADATA_COMMANDS = {"dist_info", "egg_info", "sdist"}
 
 
 def sources(pattern: str) -> list[str]:
-    """Paths relative to the root, as setuptools wants them."""
-    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+    """Paths relative to the root, as setuptools wants them.
+
+    Those of the two-layer ops come first: they take longest, and of what starts last the end is
+    waited for with cores idle.
+    """
+    return sorted((str(path.relative_to(ROOT)) for path in ROOT.glob(pattern)), reverse=True)
 
 
 def compiled_parts() -> tuple[list[Extension], dict[str, type]]:
@@ -48,8 +52,9 @@ def compiled_parts() -> tuple[list[Extension], dict[str, type]]:
     toolchain.check_cxx_compiler()
     toolkit = toolchain.plan_cuda(torch, paths)
     if isinstance(toolkit, CudaToolkit):
-        # torch.utils.cpp_extension reads both.
+        # torch.utils.cpp_extension reads both; the second where no option names an architecture.
         os.environ["CUDA_HOME"] = str(toolkit.home)
+        nvcc_flags = toolchain.nvcc_flags(toolkit.version)
         os.environ["TORCH_CUDA_ARCH_LIST"] = toolchain.cuda_architectures(toolkit.version)
     else:
         print(f"pyext: the CUDA kernels are left out: {toolkit}", file=sys.stderr)
@@ -86,8 +91,11 @@ def compiled_parts() -> tuple[list[Extension], dict[str, type]]:
             CUDAExtension(
                 f"pyext._C_cuda{toolkit.version.partition('.')[0]}",
                 sources("csrc/cuda/*.cu"),
-                include_dirs=[str(ROOT / "csrc" / "cuda")],
-                extra_compile_args={"nvcc": list(toolchain.NVCC_FLAGS)},
+                include_dirs=[
+                    str(ROOT / "csrc" / "cuda"),
+                    str(ROOT / "csrc" / "cuda" / "without_thrust"),
+                ],
+                extra_compile_args={"nvcc": nvcc_flags},
                 library_dirs=[str(link_cuda_runtime(toolkit, folder))],
                 py_limited_api=True,
             )

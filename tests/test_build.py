@@ -309,8 +309,11 @@ def test_a_virtual_environment_may_see_its_base_packages(monkeypatch, tmp_path):
 def test_architectures_have_a_default_and_the_variable_wins(monkeypatch):
     assert toolchain.cuda_architectures("13.2") == "8.0 9.0 10.0+PTX"
     assert toolchain.cuda_architectures("12.6") == "8.0 9.0+PTX"  # its nvcc does not know 10.0
+    of_80 = [f"-gencode=arch=compute_80,code={code}" for code in ("sm_80", "sm_90", "compute_80")]
+    assert toolchain.nvcc_flags("12.6") == [*toolchain.NVCC_FLAGS, *of_80]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
     assert toolchain.cuda_architectures("13.2") == "9.0a"
+    assert toolchain.nvcc_flags("13.2") == list(toolchain.NVCC_FLAGS)
 
 
 @pytest.fixture
@@ -340,7 +343,8 @@ def test_cmake_gets_the_same_flags(build_modules, monkeypatch, site_packages):
     monkeypatch.setattr(cmake.toolchain, "search_paths", lambda: [str(site_packages)])
     settings = cmake.settings()
     assert settings["PYEXT_CXX_FLAGS"] == list(toolchain.CXX_FLAGS)
-    assert settings["PYEXT_NVCC_FLAGS"] == list(toolchain.NVCC_FLAGS)
+    assert settings["PYEXT_NVCC_FLAGS"] == toolchain.nvcc_flags("13.0")
+    assert settings["PYEXT_CUDA_ARCHITECTURES"] == ["OFF"]  # the flags name them
     assert settings["PYEXT_NVCC"] == [f"{home}/bin/nvcc"]
     assert settings["PYEXT_TORCH_LIBRARIES"] == [f"{site_packages}/torch/lib"]
 

@@ -7,7 +7,8 @@
 // Included once per instruction set by common/for_each_isa.h.
 #include "common/product.h"
 
-// Rows of the batch, and the threads that work on them.
+// Rows of the batch, and the threads that work on them: Parallel{1} is the thread at hand alone. (A
+// type of its own for that would have every product compiled twice.)
 template <class Parallel>
 struct Rows {
   int64_t begin, end;
@@ -39,7 +40,7 @@ template <class Parallel, class F>
 void for_rows(int64_t rows, int64_t threads, const Parallel& parallel, const F& f) {
   const int64_t slabs = std::max<int64_t>(rows / kSlab, 1);
   parallel(slabs, threads, [&](int64_t begin, int64_t end) {
-    f(Rows<Serial>{begin * kSlab, end == slabs ? rows : end * kSlab, {}});
+    f(Rows<Parallel>{begin * kSlab, end == slabs ? rows : end * kSlab, Parallel{1}});
   });
 }
 
@@ -92,7 +93,7 @@ void forward_by_halves(const Matrix<const TIn>& x, const Matrix<const TIn>& w1,
       const auto [row, row_end] = share_of(n, task % groups, groups);
       const auto [k, k_end] = share_of(x.columns, half, 2);
       Acc* out = sums.get() + half * n * n_hidden;
-      product_of_rows<Acc>(Rows<Serial>{row, row_end, {}}, x.column_range(k, k_end),
+      product_of_rows<Acc>(Rows<Parallel>{row, row_end, Parallel{1}}, x.column_range(k, k_end),
                            w1.row_range(k, k_end),
                            [&](int64_t i, int64_t j, int64_t count, const Acc* from) {
                              std::copy_n(from, count, out + i * n_hidden + j);
@@ -264,9 +265,9 @@ void weight_products(const Matrix<const T>& x, const Matrix<const T>& hidden,
   parallel(tasks, threads, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const auto [k, k_end] = share_of(x.columns, task, tasks);
-      product<Acc>(x_t.row_range(k, k_end), d, Serial{}, epilogue1.from_row(k));
+      product<Acc>(x_t.row_range(k, k_end), d, Parallel{1}, epilogue1.from_row(k));
       const auto [j, j_end] = share_of(hidden.columns, task, tasks);
-      product<Acc>(hidden_t.row_range(j, j_end), grad_out, Serial{}, epilogue2.from_row(j));
+      product<Acc>(hidden_t.row_range(j, j_end), grad_out, Parallel{1}, epilogue2.from_row(j));
     }
   });
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import toolchain
@@ -38,12 +39,13 @@ def settings() -> dict[str, list[str]]:
     toolkit = toolchain.plan_cuda(torch, paths)
     if isinstance(toolkit, str):
         return found | {"PYEXT_CUDA_LEFT_OUT": [toolkit]}
+    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST")
     return found | {
         "PYEXT_CUDA_MAJOR": [toolkit.version.partition(".")[0]],
         "PYEXT_NVCC": [f"{toolkit.home}/bin/nvcc"],
         "PYEXT_CUDA_RUNTIME": [f"{toolkit.runtime}"],
-        "PYEXT_CUDA_ARCHITECTURES": architectures(toolchain.cuda_architectures(toolkit.version)),
-        "PYEXT_NVCC_FLAGS": [*toolchain.NVCC_FLAGS],
+        "PYEXT_CUDA_ARCHITECTURES": architectures(chosen) if chosen else ["OFF"],
+        "PYEXT_NVCC_FLAGS": toolchain.nvcc_flags(toolkit.version),
     }
 
 

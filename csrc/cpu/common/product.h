@@ -433,16 +433,6 @@ void narrow_product(const Matrix<const Acc>& a, const Matrix<const Acc>& b,
   });
 }
 
-// Runs everything on the thread that calls.
-struct Serial {
-  static constexpr int64_t threads = 1;
-
-  template <class F>
-  void operator()(int64_t tasks, int64_t, const F& f) const {
-    f(int64_t(0), tasks);
-  }
-};
-
 // Whether `product` reads B where it lies, so that threads need not share a packed copy.
 template <class Acc, class TA, class TB>
 bool needs_no_packing(const Matrix<const TA>& a, const Matrix<const TB>& b) {
