@@ -69,12 +69,13 @@ class _KernelBackend(Backend):
     def raw(self):
         """``torch.ops.<namespace>``: raw ops, their fakes and the autograd shells over them."""
         self._load()
-        namespace = getattr(torch.ops, self.namespace)
+        namespace, registered = getattr(torch.ops, self.namespace), []
         for op in registry.ops().values():
             for raw_op in op.raw_ops + op.cpu_raw_ops:
                 if hasattr(namespace, raw_op.name):
                     torch.library.register_fake(f"{self.namespace}::{raw_op.name}", raw_op.fake)
-        Differentiable.make_shells(namespace)
+                    registered.append(raw_op.name)
+        Differentiable.make_shells(namespace, registered)
         return namespace
 
     def _load(self) -> None:
