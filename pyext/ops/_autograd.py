@@ -60,6 +60,10 @@ class GradientInForward(Formulas, Protocol):
         """One gradient (or None) per input, made of ``gradient``, which nobody else holds."""
 
 
+_direct: dict[str, SimpleNamespace] = {}
+"""Namespace -> its raw ops, to be called directly; not what torch.compile can trace."""
+
+
 class Differentiable:
     """Formulas as a callable: ``op(raw, *inputs)`` computes, and records the derivative."""
 
@@ -75,12 +79,11 @@ class Differentiable:
             return self._shells[raw.name].compiled.apply(*inputs)
         if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return self._shells[raw.name].functional.apply(*inputs)
-        shells = self._shells[raw.name]
         if torch.is_grad_enabled():
             for each in inputs:  # not any(): its generator is 0.4 of a small call's 10 µs
                 if isinstance(each, torch.Tensor) and each.requires_grad:
-                    return shells.plain.apply(*inputs)
-        return self._formulas.forward(shells.direct, *inputs)
+                    return self._shells[raw.name].plain.apply(*inputs)
+        return self._formulas.forward(_direct[raw.name], *inputs)
 
     @classmethod
     def make_shells(cls, raw, names: Iterable[str]) -> None:
@@ -92,11 +95,11 @@ class Differentiable:
         """
         # What a namespace's attribute calls in the end, without the two Python calls before it: 0.5
         # of a small raw op's 2.0 µs.
-        direct = SimpleNamespace(
+        _direct[raw.name] = SimpleNamespace(
             name=raw.name, **{name: getattr(raw, name).default._op for name in names}
         )
         for each in cls._all:
-            each._shells[raw.name] = _make_shells(each._formulas, direct)
+            each._shells[raw.name] = _make_shells(each._formulas, raw.name)
 
 
 def differentiable(formulas: type[Formulas]) -> Differentiable:
@@ -104,9 +107,8 @@ def differentiable(formulas: type[Formulas]) -> Differentiable:
     return Differentiable(formulas)
 
 
-def _make_shells(formulas: type[Formulas], direct) -> SimpleNamespace:
-    # What torch.compile traces holds the name: it knows no way to trace what is held itself.
-    namespace = direct.name
+def _make_shells(formulas: type[Formulas], namespace: str) -> SimpleNamespace:
+    # What torch.compile traces holds the name: it knows no way to trace a namespace held itself.
 
     def keep(ctx, inputs, outputs) -> tuple:
         tensors, constants = formulas.save(
@@ -119,13 +121,13 @@ def _make_shells(formulas: type[Formulas], direct) -> SimpleNamespace:
         return tensors
 
     def forward_with_ctx(ctx, *inputs):
-        outputs = formulas.forward(direct, *inputs)
+        outputs = formulas.forward(_direct[namespace], *inputs)
         keep(ctx, inputs, outputs)
         return outputs
 
     def forward_with_gradient(ctx, *inputs):
         outputs, ctx.gradient = formulas.forward_with_gradient(
-            direct, ctx.needs_input_grad, *inputs
+            _direct[namespace], ctx.needs_input_grad, *inputs
         )
         keep(ctx, inputs, outputs)
         return outputs
@@ -143,7 +145,7 @@ def _make_shells(formulas: type[Formulas], direct) -> SimpleNamespace:
         if grads[0] is None and all(grad is None for grad in grads):
             return tuple(None for _ in ctx.needs_input_grad)
         return formulas.backward(
-            getattr(torch.ops, namespace) if is_compiling() else direct,
+            getattr(torch.ops, namespace) if is_compiling() else _direct[namespace],
             ctx.saved_tensors,
             getattr(ctx, "constants", ()),
             ctx.needs_input_grad,
@@ -181,7 +183,6 @@ def _make_shells(formulas: type[Formulas], direct) -> SimpleNamespace:
     if hasattr(formulas, "forward_with_gradient"):
         plain = {"forward": forward_with_gradient, "backward": backward_by_gradient}
     return SimpleNamespace(
-        direct=direct,
         plain=shell("", **plain),
         functional=functional,
         compiled=shell("Compiled", forward=forward, setup_context=setup_context, backward=backward),

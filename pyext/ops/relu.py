@@ -49,7 +49,7 @@ def relu(x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     if chosen.namespace is None:
         return eager(x)
     if (
-        x.nbytes >= MASKED_BYTES
+        x.numel() * x.element_size() >= MASKED_BYTES
         and x.requires_grad
         and x.is_contiguous()
         and torch.is_grad_enabled()
