@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from pyext import registry
-from pyext.backends import BACKENDS
+from pyext.backends import BACKENDS, backends
 from pyext.lab import __main__ as lab_main
 from pyext.lab import isolated, measure, results
 from pyext.lab.bench import default_backends
@@ -298,6 +298,19 @@ class TestProcesses:
         assert outcome.name == "eager" and outcome.status == "ok"
         assert isinstance(outcome.times["host"], Samples)
         assert outcome.times["host"].median > 0
+
+    def test_every_variant_is_timed_alone_too(self, run, tmp_path):
+        arguments = ["--device", "cpu", "--suite", "relu", "--shape", "64", "--out", str(tmp_path)]
+        arguments += ["--backend", "eager,extension", "--peer", "eager-inplace"]
+        assert run.main(arguments, effort=TINY, alone=True) == 0
+        alone = {
+            row["variant"]: row["alone_median_s"]
+            for row in results.load(tmp_path)["rows"]
+            if row["direction"] == "both" and row["outputs"] == "allocated" and row["verified"]
+        }
+        usable = [name for name in ("eager", "extension") if name in backends()]
+        assert set(alone) == {*usable, "eager-inplace"}
+        assert all(seconds > 0 for seconds in alone.values())
 
     @pytest.mark.skipif(not measure.can_recycle_memory(), reason="needs glibc's malloc")
     def test_preallocated_outputs_are_timed_in_a_process_of_their_own(self, run, tmp_path):
