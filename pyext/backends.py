@@ -167,6 +167,7 @@ class EmulatedBackend(_KernelBackend):
         return None if op is None else self._missing(op)
 
     def _load(self) -> None:
+        _load_errors()  # loads the compiled extension, whose schemas these are
         torch.ops.load_library(str(emulator.build(_ROOT, _this_torch())))
         self._library = torch.library.Library(self.namespace, "FRAGMENT")
         for op in registry.ops().values():

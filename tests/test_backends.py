@@ -96,6 +96,17 @@ def test_triton_on_a_cpu_needs_its_interpreter_and_says_so():
     assert run_python(code, TRITON_INTERPRET="1").returncode == 0
 
 
+@pytest.mark.parametrize("name", ("extension", "extension-emulated"))
+def test_raw_ops_are_there_in_a_process_that_has_used_nothing_else(name):
+    if reason := BACKENDS[name].unavailable("cpu"):
+        pytest.skip(reason)
+    code = (
+        "import torch; from pyext.backends import BACKENDS; "
+        f"print(BACKENDS[{name!r}].raw.relu_forward(torch.tensor([-1.0, 2.0])).tolist())"
+    )
+    assert run_python(code).stdout == "[0.0, 2.0]\n"
+
+
 def test_import_brings_neither_triton_nor_the_compiler():
     code = (
         "import sys, torch, pyext, pyext.functional as P, pyext.nn\n"

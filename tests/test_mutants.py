@@ -312,6 +312,18 @@ def test_automatic_mutants_that_change_nothing_are_replaced(pretend, capsys):
     assert "automatic: 20 of 20 caught (and " in capsys.readouterr().out
 
 
+def test_without_the_outputs_of_the_original_no_automatic_mutant_is_judged(
+    pretend, monkeypatch, tmp_path
+):
+    pretend(lambda mutant: Row(mutant, "caught", "tests/test_ops.py::test_x"))
+    monkeypatch.setattr(trial, "run_outputs", lambda *_: None)
+    file = tmp_path / "rows.json"
+    assert lab.main(["mutants", "--way", "cuda", "--automatic", "2", "--json", str(file)]) == 1
+    rows = [row for row in json.loads(file.read_text())["rows"] if row["kind"] == "automatic"]
+    assert [row["status"] for row in rows] == ["defect"] * 2
+    assert "the unmutated cuda library cannot be made" in rows[0]["by"]
+
+
 def test_wrong_usage_is_exit_code_2(capsys):
     for arguments in (
         ["--only", "nothing"],

@@ -287,14 +287,20 @@ class Session:
                 progress.update(task, what=f"{row.mutant.name}: {row.status}")
 
     def _try(self, mutant: Mutant, scratch: Scratch) -> Row:
-        outputs = {} if mutant.by_hand else self._original_outputs(mutant.way, scratch)
+        try:
+            outputs = {} if mutant.by_hand else self._original_outputs(mutant.way, scratch)
+        except NoEvidence as error:
+            return Row(mutant, "defect", str(error))
         return trial.try_mutant(scratch, mutant, self.original, outputs)
 
     def _original_outputs(self, way: str, scratch: Scratch) -> dict[str, str]:
         with self.lock:  # else two threads would compute the same
             if way not in self.outputs:
                 scratch.build(CHECKS[way].libraries)
-                self.outputs[way] = trial.run_outputs(scratch, CHECKS[way]) or {}
+                found = trial.run_outputs(scratch, CHECKS[way])
+                if found is None:  # any mutant would seem to change an output
+                    raise NoEvidence(f"the outputs of the unmutated {way} library cannot be made")
+                self.outputs[way] = found
             return self.outputs[way]
 
     def _control_passed(self) -> bool:
