@@ -50,7 +50,7 @@ def compiled_parts() -> tuple[list[Extension], dict[str, type]]:
     sys.path += [path for path in paths if path not in sys.path]
 
     toolchain.check_cxx_compiler()
-    toolkit = toolchain.plan_cuda(torch, paths)
+    toolkit, nvcc_flags = toolchain.plan_cuda(torch, paths), []
     if isinstance(toolkit, CudaToolkit):
         # torch.utils.cpp_extension reads both; the second where no option names an architecture.
         os.environ["CUDA_HOME"] = str(toolkit.home)
@@ -100,7 +100,7 @@ def compiled_parts() -> tuple[list[Extension], dict[str, type]]:
                 py_limited_api=True,
             )
         )
-    write_build_info(folder / "include" / "build_info.h", torch, toolkit)
+    write_build_info(folder / "include" / "build_info.h", torch, toolkit, nvcc_flags)
     extensions.append(
         Extension(
             "pyext._introspect",
@@ -148,7 +148,9 @@ def link_cuda_runtime(toolkit: CudaToolkit, folder: Path) -> Path:
     return link.parent
 
 
-def write_build_info(header: Path, torch: Torch, toolkit: CudaToolkit | str) -> None:
+def write_build_info(
+    header: Path, torch: Torch, toolkit: CudaToolkit | str, nvcc_flags: list[str]
+) -> None:
     """What `pyext._introspect` reports; written only where it changed, or it would recompile."""
     compiler = toolchain.cxx_compiler()
     version = toolchain.output_of([compiler, "--version"]) or compiler
@@ -163,7 +165,7 @@ def write_build_info(header: Path, torch: Torch, toolkit: CudaToolkit | str) -> 
         "cuda": toolkit.version if with_cuda else None,
         "cuda_left_out": None if with_cuda else toolkit,
         "cuda_architectures": os.environ["TORCH_CUDA_ARCH_LIST"] if with_cuda else None,
-        "nvcc_flags": " ".join(toolchain.NVCC_FLAGS) if with_cuda else None,
+        "nvcc_flags": " ".join(nvcc_flags) if with_cuda else None,
     }
     text = f'constexpr char kBuildInfo[] = R"json({json.dumps(info, indent=1)})json";\n'
     header.parent.mkdir(exist_ok=True)

@@ -130,9 +130,12 @@ def test_triton_elementwise_programs_reach_beyond_two_to_the_31(first_and_last_p
     raw = BACKENDS["triton"].raw
     x = marked(BEYOND + 70_001, torch.bfloat16)
     zeros, one = reserved(len(x), torch.bfloat16), torch.ones((), dtype=torch.bfloat16)
+    masked, mask = raw.relu_forward_with_mask(x)
     for result, expected in (
         (raw.relu_forward(x), [2, 3, 0, 3]),
         (raw.relu_backward(x, x), [2, 3, 0, 3]),
+        (masked, [2, 3, 0, 3]),
+        (raw.relu_backward_with_mask(x, mask), [2, 3, 0, 3]),
         (raw.mse_loss_forward(x, zeros, 0), [4, 9, 9, 9]),
         (raw.mse_loss_backward(one, x, zeros, 2), [4, 6, -6, 6]),
         (raw.dropout_seeded(x, torch.tensor(1), 0, 1.0), [2, 3, -3, 3]),
@@ -188,6 +191,13 @@ def _relu_backward(raw, device):
     return raw.relu_backward(x, x), [2, 3, 0, 3]
 
 
+def _relu_with_mask(raw, device):
+    x = _marked_on(device, torch.bfloat16)
+    out, mask = raw.relu_forward_with_mask(x)
+    del out
+    return raw.relu_backward_with_mask(x, mask), [2, 3, 0, 3]
+
+
 def _dropout(raw, device):
     x = _marked_on(device, torch.bfloat16)
     return raw.dropout_seeded(x, torch.tensor(1, device=device), 0, 1.0), [2, 3, -3, 3]
@@ -215,11 +225,12 @@ def _marked_on(device, dtype):
     [
         (_relu_forward, 4),
         (_relu_backward, 8),
+        (_relu_with_mask, 9),
         (_dropout, 8),
         (_mse_loss_forward, 12),
         (_mse_loss_backward, 12),
     ],
-    ids=["relu_forward", "relu_backward", "dropout", "mse_loss_forward", "mse_loss_backward"],
+    ids=lambda each: each.__name__.strip("_") if callable(each) else "",
 )
 def test_every_one_of_more_than_two_to_the_31_elements(call, gibibytes, backend, device):
     free = available_memory(device)

@@ -128,7 +128,13 @@ def test_threads_share_the_pool():
         assert all(threads.map(work, range(8)))
 
 
-def test_what_no_memory_can_hold_is_refused_as_by_pytorch():
-    x = torch.zeros(1).expand(2**50)
-    with pytest.raises(RuntimeError, match="allocate memory|out of memory"):
-        P.mse_loss(x, x, reduction="none", backend="extension")
+@pytest.mark.parametrize("count", (2**50, 2**61 + 2**20))  # of float64: the second in no int64
+def test_what_no_memory_can_hold_is_refused_as_by_pytorch(count):
+    x = torch.zeros(1, dtype=torch.float64).expand(count)
+    relu(torch.ones(LARGE))  # a block that is kept
+    for call in (
+        lambda: P.dropout(x, 0.5, True, backend="extension"),
+        lambda: P.mse_loss(x, x, reduction="none", backend="extension"),
+    ):
+        with pytest.raises(RuntimeError, match="allocate memory|out of memory|overflow"):
+            call()

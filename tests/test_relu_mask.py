@@ -112,8 +112,25 @@ def test_every_derivative(always, backend, device):
     )
 
 
+class _Relu(torch.nn.Module):
+    def forward(self, x):
+        return P.relu(x, backend="extension")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_size_that_is_not_known_is_not_asked_for():
+    """An exported program would be for sizes on one side of the threshold only."""
+    if reason := BACKENDS["extension"].unavailable("cpu"):
+        pytest.skip(reason)
+    rows = torch.export.Dim("rows", max=2**26)
+    for example in (torch.randn(8, 16), torch.randn(8, 16, requires_grad=True)):
+        program = torch.export.export(_Relu(), (example,), dynamic_shapes={"x": {0: rows}})
+        x = torch.randn(3, 16)
+        assert torch.equal(program.module()(x), torch.relu(x))
+
+
 @pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
-def test_compiled(always, backend, device):
+def test_compiled_functions_do_without(always, backend, device):
     torch._dynamo.reset()
     x = torch.randn(33, 5, device=device, requires_grad=True)
     compiled = torch.compile(lambda x: P.relu(x, backend=backend) * 2, fullgraph=True)

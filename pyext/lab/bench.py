@@ -391,12 +391,17 @@ class Benchmark:
         if isinstance(samples, str):
             return row | {"status": "unavailable", "reason": samples}
         baseline = eager.times.get(clock) if eager else None
+        alone, baseline_alone = (
+            self._alone.get((case, name), {}).get(clock) for name in (outcome.name, "eager")
+        )
+        if outcome.kind == "backend" and baseline_alone is None:
+            alone = None  # two chances against eager's one would not be fair
         fill_times(
             row,
             samples,
-            self._alone.get((case, outcome.name), {}).get(clock),
+            alone,
             baseline if isinstance(baseline, Samples) else None,
-            self._alone.get((case, "eager"), {}).get(clock),
+            baseline_alone,
             self.settings.seed,
         )
         fill_floor(row, case, self._ceilings)

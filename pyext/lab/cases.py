@@ -20,8 +20,9 @@ from pyext.lab import check, roofline
 from pyext.lab.measure import Subject
 
 ALLOCATED, PREALLOCATED = "allocated", "preallocated"
-# Outputs from here on are fresh pages from the kernel at every call (glibc's mmap threshold adapts
-# up to 32 MiB, but starts at 128 KiB), so that two rows tell kernel and memory handling apart.
+# Outputs from here on may be fresh pages from the kernel at every call (glibc's mmap threshold
+# adapts up to 32 MiB, but starts at 128 KiB) or a pool's, so that two rows tell kernel and memory
+# handling apart.
 _LARGE_OUTPUT_BYTES = 2**22
 # Forwards that wait for their backwards keep their tensors; few enough to stay in the caches.
 _QUEUE_BYTES = 2**21

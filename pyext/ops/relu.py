@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch.compiler import is_compiling
 
 from pyext.backends import select
 from pyext.ops import _checks, _samples
@@ -16,8 +17,8 @@ INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 _DTYPES = FLOATING_DTYPES + INTEGER_DTYPES
 
 MASKED_BYTES = 2**24
-"""An output this large has left the caches before backward would read it, so that one bit for each
-of its elements goes there instead."""
+"""From this size on, one bit for each element goes to backward instead of the output: on a CPU that
+has left the caches by then. (On a GPU with a larger L2 the least size is not measured.)"""
 
 
 def relu(x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
@@ -39,7 +40,9 @@ def relu(x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
         ValueError, RuntimeError: ``backend`` is unknown, or not available here.
 
     Deviations from the namesake: no ``inplace``; sparse layouts and the dtypes uint16, uint32 and
-    uint64 are refused.
+    uint64 are refused. A contiguous result of 16 MiB or more may be changed in place before
+    backward, which does not need it. On the CPU a result of 2 MiB or more cannot grow in place
+    (``resize_``): its memory is a pool's.
     """
     _checks.tensor("relu", "x", x)
     if x.dtype not in _DTYPES:
@@ -49,8 +52,9 @@ def relu(x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     if chosen.namespace is None:
         return eager(x)
     if (
-        x.numel() * x.element_size() >= MASKED_BYTES
-        and x.requires_grad
+        x.requires_grad
+        and not is_compiling()  # which would hold on to the answer about a size
+        and x.numel() * x.element_size() >= MASKED_BYTES
         and x.is_contiguous()
         and torch.is_grad_enabled()
     ):

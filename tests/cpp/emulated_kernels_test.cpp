@@ -198,7 +198,11 @@ void test_relu_with_mask() {
       Buffer<uint8_t> mask(ceil_div(n, 8));
       fill_with_specials(x);
       grad.fill_normal();
-      relu_forward_with_mask<T>(x.data(), out.data(), mask.data(), n, nullptr);
+      if (n == 33000 && offset == 1)  // one block, which comes back for more
+        launch(relu_forward_with_mask_kernel<T, 1>, {dim3(1), dim3(ELEMENTWISE_THREADS)}, nullptr,
+               x.data(), out.data(), mask.data(), n);
+      else
+        relu_forward_with_mask<T>(x.data(), out.data(), mask.data(), n, nullptr);
       relu_backward_with_mask<T>(grad.data(), mask.data(), grad_x.data(), n, nullptr);
       bool right = n % 8 == 0 || mask[n / 8] >> n % 8 == 0;
       for (int64_t i = 0; i < n; ++i) {

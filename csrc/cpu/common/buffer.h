@@ -45,7 +45,13 @@ class BufferPool {
         return data;
       }
     }
-    void* data = ::operator new(size, std::align_val_t(alignment(size)));
+    void* data;
+    try {
+      data = ::operator new(size, std::align_val_t(alignment(size)));
+    } catch (const std::bad_alloc&) {
+      empty();
+      data = ::operator new(size, std::align_val_t(alignment(size)));
+    }
 #ifdef MADV_HUGEPAGE
     if (size >= kHugePage) madvise(data, size, MADV_HUGEPAGE);
 #endif
