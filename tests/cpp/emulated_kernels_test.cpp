@@ -195,7 +195,7 @@ void test_relu_with_mask() {
   for (const int64_t n : ELEMENT_COUNTS) {
     for (const int offset : {0, 1}) {
       Buffer<T> x(n, offset), grad(n, offset), out(n), grad_x(n);
-      Buffer<uint8_t> mask(ceil_div(n, 8));
+      Buffer<uint8_t> mask((n + 7) / 8);
       fill_with_specials(x);
       grad.fill_normal();
       if (n == 33000 && offset == 1)  // one block, which comes back for more
