@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from pyext.backends import BACKENDS
 from pyext.lab import __main__ as lab
 from pyext.lab.mutants import command, generate, patches, trial
 from pyext.lab.mutants.patches import Edit, Mutant, PatchError
@@ -310,6 +311,27 @@ def test_automatic_mutants_that_change_nothing_are_replaced(pretend, capsys):
     pretend(row_of)
     assert lab.main(["mutants", "--automatic", "20"]) == 0
     assert "automatic: 20 of 20 caught (and " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ("cpp", "cuda", "triton"))
+def test_the_outputs_of_the_original_can_be_made(way, tmp_path):
+    """In a process that does nothing else, with every library that counts as evidence."""
+    backend, file = trial.CHECKS[way].backend, tmp_path / "outputs.json"
+    needed = "extension" if way == "triton" else backend
+    if reason := BACKENDS[needed].unavailable("cpu"):
+        pytest.skip(reason)
+    if way == "triton":
+        pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pyext.lab.mutants.outputs", backend, str(file)]
+    variables = {"TRITON_INTERPRET": "1"} if way == "triton" else {}
+    subprocess.run(command, env=os.environ | variables, check=True, timeout=600)
+    said = json.loads(file.read_text())
+    assert len(said["hashes"]) > 100
+    loaded = {Path(path).name for path in said["loaded"]}
+    assert "_C_cpu.so" in loaded
+    if way == "cuda":
+        assert "_C_emulated.so" in loaded
 
 
 def test_without_the_outputs_of_the_original_no_automatic_mutant_is_judged(

@@ -39,6 +39,8 @@ LARGE_INTERPRETED = {
 
 def main(backend: str, file: str) -> int:
     """Writes case -> hash, and what was loaded, as JSON. A case that raises has its exception."""
+    # As in every run of the tests: what is loaded is the evidence.
+    BACKENDS["extension"].unavailable("cpu")
     found = {}
     for name, compute in cases(backend):
         try:
