@@ -91,8 +91,8 @@ def fill_times(
 ) -> None:
     """Writes the times of a variant and its ratio to ``eager``.
 
-    Everyone counts with the better of two times: interleaved with all others, and alone in a
-    process of its own, where nothing can starve it or empty its caches.
+    Everyone counts with the better of two times: interleaved with all others, and apart from them,
+    where nothing can starve it or empty its caches.
     """
     best, interleaved = _better(samples, alone)
     row |= {
