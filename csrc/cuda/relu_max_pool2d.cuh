@@ -86,8 +86,9 @@ __device__ __forceinline__ int64_t first_window(int64_t at, int64_t kernel, int6
   return at < kernel ? 0 : (at - kernel) / stride + 1;
 }
 
+// Told that four blocks are enough: for sm_100 the compiler would rather fit eight, and spill.
 template <class T>
-__global__ void __launch_bounds__(ELEMENTWISE_THREADS)
+__global__ void __launch_bounds__(ELEMENTWISE_THREADS, 4)
     relu_max_pool2d_backward_kernel(const T* grad, const uint8_t* index, T* grad_input,
                                     Pooling p) {
   for_each_result(p.elements(), [&](int64_t element) {
