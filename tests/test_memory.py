@@ -7,7 +7,6 @@ import io
 
 import pytest
 import torch
-import torch.multiprocessing
 from torch.testing import assert_close
 
 import pyext
@@ -138,3 +137,5 @@ def test_what_no_memory_can_hold_is_refused_as_by_pytorch(count):
     ):
         with pytest.raises(RuntimeError, match="allocate memory|out of memory|overflow"):
             call()
+    # What the system has no memory for is asked for again without what is kept; the other never.
+    assert (pyext.empty_buffer_pool() == 0) == (count == 2**50)

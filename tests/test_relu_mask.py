@@ -133,6 +133,14 @@ def test_a_size_that_is_not_known_is_not_asked_for():
 def test_compiled_functions_do_without(always, backend, device):
     torch._dynamo.reset()
     x = torch.randn(33, 5, device=device, requires_grad=True)
+    graphs = []
+
+    def keep_the_graph(module, example_inputs):
+        graphs.append(module.print_readable(print_output=False))
+        return module
+
+    torch.compile(lambda x: P.relu(x, backend=backend), fullgraph=True, backend=keep_the_graph)(x)
+    assert "relu_forward" in graphs[0] and "relu_forward_with_mask" not in graphs[0]
     compiled = torch.compile(lambda x: P.relu(x, backend=backend) * 2, fullgraph=True)
     out = compiled(x)
     out.sum().backward()

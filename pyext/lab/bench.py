@@ -400,8 +400,6 @@ class Benchmark:
         alone, baseline_alone = (
             self._alone.get((case, name), {}).get(clock) for name in (outcome.name, "eager")
         )
-        if outcome.kind == "backend" and baseline_alone is None:
-            alone = None  # two chances against eager's one would not be fair
         fill_times(
             row,
             samples,

@@ -41,8 +41,7 @@ def relu(x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
 
     Deviations from the namesake: no ``inplace``; sparse layouts and the dtypes uint16, uint32 and
     uint64 are refused. A contiguous result of 16 MiB or more may be changed in place before
-    backward, which does not need it. On the CPU a result of 2 MiB or more cannot grow in place
-    (``resize_``): its memory is a pool's.
+    backward, which does not need it.
     """
     _checks.tensor("relu", "x", x)
     if x.dtype not in _DTYPES:
@@ -164,18 +163,14 @@ def _raw_backward_samples(device, dtype) -> Iterator[tuple]:
         yield _samples.normal(out.shape, device, dtype, seed=1), out
 
 
-def _raw_masked_forward_samples(device, dtype) -> Iterator[tuple]:
-    return _raw_forward_samples(device, dtype) if dtype in FLOATING_DTYPES else iter(())
-
-
 def _raw_masked_backward_samples(device, dtype) -> Iterator[tuple]:
-    for (out,) in _raw_masked_forward_samples(device, dtype):
+    for (out,) in _raw_forward_samples(device, dtype):
         yield _samples.normal(out.shape, device, dtype, seed=1), mask_of(out)
 
 
 def mask_of(x: torch.Tensor) -> torch.Tensor:
     """Bit i % 8 of byte i // 8: whether a gradient passes element i of ``x`` (not ``x <= 0``)."""
-    bits = torch.nn.functional.pad(~(x <= 0).flatten(), (0, -x.numel() % 8)).view(-1, 8)
+    bits = F.pad(~(x <= 0).flatten(), (0, -x.numel() % 8)).view(-1, 8)
     return (bits * 2 ** torch.arange(8, device=x.device)).sum(1).to(torch.uint8)
 
 
@@ -236,7 +231,7 @@ OP = Op(
     raw_ops=(
         RawOp("relu_forward", lambda x: torch.empty_like(x), _raw_forward_samples),
         RawOp("relu_backward", lambda grad, out: torch.empty_like(out), _raw_backward_samples),
-        RawOp("relu_forward_with_mask", _masked_like, _raw_masked_forward_samples),
+        RawOp("relu_forward_with_mask", _masked_like, _raw_forward_samples),
         RawOp(
             "relu_backward_with_mask",
             lambda grad, mask: grad.new_empty(grad.shape),
