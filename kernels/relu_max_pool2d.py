@@ -90,7 +90,8 @@ def _relu_max_pool2d_forward_kernel(
     left = window % out_width * STRIDE_WIDTH - PADDING_WIDTH
     plane = input + row // out_height * height * width
     ELEMENTS: tl.constexpr = KERNEL_HEIGHT * KERNEL_WIDTH
-    best = widen(tl.full((BLOCK,), -1, input.dtype.element_ty))
+    # (Triton 3.8's interpreter has no bfloat16 constant but 0.)
+    best = widen(tl.zeros((BLOCK,), input.dtype.element_ty)) - 1
     winner = tl.zeros((BLOCK,), tl.int32)
     if ELEMENTS <= _MOST_UNROLLED:
         for position in tl.static_range(ELEMENTS):
