@@ -76,7 +76,10 @@ class Differentiable:
 
     def __call__(self, raw, *inputs):
         if is_compiling():
-            return self._shells[raw.name].compiled.apply(*inputs)
+            if _records(inputs):
+                return self._shells[raw.name].compiled.apply(*inputs)
+            # PyTorch 2.14 hands a ctx to the forward of a Function that needs no gradient.
+            return self._formulas.forward(getattr(torch.ops, raw.name), *inputs)
         if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return self._shells[raw.name].functional.apply(*inputs)
         if torch.is_grad_enabled():
@@ -100,6 +103,12 @@ class Differentiable:
         )
         for each in cls._all:
             each._shells[raw.name] = _make_shells(each._formulas, raw.name)
+
+
+def _records(inputs: tuple) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(each, torch.Tensor) and each.requires_grad for each in inputs
+    )
 
 
 def differentiable(formulas: type[Formulas]) -> Differentiable:

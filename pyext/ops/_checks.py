@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 
 import torch
@@ -105,14 +106,18 @@ def reduction(value: object) -> int:
     return REDUCTIONS[value]
 
 
+_LARGEST = int(sys.float_info.max)
+
+
 def number(op: str, name: str, value: object) -> float:
     """``value`` as a float, ±inf if it is an integer beyond; ``TypeError`` unless a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}(): argument {name!r} must be a float, not {type(value).__name__}")
-    try:
-        return float(value)
-    except OverflowError:  # an integer, whose digits would fill a sentence
+    # Asked before, not caught: torch.compile of PyTorch 2.14 dies of the OverflowError. (The digits
+    # of such an integer would fill a sentence.)
+    if value > _LARGEST or value < -_LARGEST:
         return math.inf if value > 0 else -math.inf
+    return float(value)
 
 
 def learning_rate(op: str, lr: object) -> float:
