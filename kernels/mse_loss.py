@@ -63,19 +63,21 @@ def _partial_sums_limits(specialised):
 @limits(_partial_sums_limits)
 @triton.jit
 def _partial_sums_kernel(input, target, partials, n, count, full_steps, BLOCK: tl.constexpr):
-    # In a full step every program has a full tile, unmasked; one masked step takes the rest.
+    # In a full step every program has a full tile, unmasked; one masked step takes the rest. It
+    # comes first: zeros to add onto have a layout of their own in Triton 3.6, which converts the
+    # sums to another through shared memory.
     program = tl.program_id(0).to(tl.int64)
     stride = tl.num_programs(0).to(tl.int64) * BLOCK
     offsets = program * BLOCK + tl.arange(0, BLOCK)
-    total = widen(tl.zeros((BLOCK,), input.dtype.element_ty))
+    rest = offsets + full_steps * stride
+    inside = rest < n
+    value = widen(tl.load(input + rest, mask=inside, other=0))
+    difference = value - widen(tl.load(target + rest, mask=inside, other=0))
+    total = difference * difference
     for _ in range(loop_bound(full_steps)):
         difference = widen(tl.load(input + offsets)) - widen(tl.load(target + offsets))
         total += difference * difference
         offsets += stride
-    inside = offsets < n
-    value = widen(tl.load(input + offsets, mask=inside, other=0))
-    difference = value - widen(tl.load(target + offsets, mask=inside, other=0))
-    total += difference * difference
     result = tl.sum(total, 0) / count
     tl.store(partials + program, rounded(result, partials.dtype.element_ty))
 

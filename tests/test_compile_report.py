@@ -339,9 +339,10 @@ int main() {
     kernel.maxDynamicSharedSizeBytes = shared_per_sm;
     cudaOccDeviceState state{};
     cudaOccResult result{};
-    if (cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &kernel, &state, threads, shared))
-      return 1;
-    std::printf("%d\n", result.activeBlocksPerMultiprocessor);
+    const cudaOccError error = cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &kernel,
+                                                                       &state, threads, shared);
+    if (error && error != CUDA_OCC_ERROR_UNKNOWN_DEVICE) return 1;
+    std::printf("%d\n", error ? -1 : result.activeBlocksPerMultiprocessor);
   }
 }
 """
@@ -378,10 +379,12 @@ def test_occupancy_agrees_with_the_toolkit_s_calculator(tmp_path):
     theirs = [int(line) for line in result.stdout.split()]
     ours = [occupancy(*case).blocks for case in cases]
     assert len(theirs) == len(cases)
+    unknown = {case[0] for case, its in zip(cases, theirs, strict=True) if its == -1}
+    assert unknown <= {103, 121}  # newer than the calculator that Triton 3.6 brings
     different = [
         (case, mine, its)
         for case, mine, its in zip(cases, ours, theirs, strict=True)
-        if mine != its
+        if mine != its and case[0] not in unknown
     ]
     assert not different
 

@@ -460,6 +460,10 @@ def test_the_step_op_trains_as_the_loop_by_hand(backend, dtype, steps, rtol):
         steps = 3
     by_hand = two_layer.problem(dtype=dtype)
     by_step = by_hand.clone()
+    for name, value in vars(by_hand).items():
+        # So that only the step's own rounding counts: on one thread PyTorch 2.11's loop in float32
+        # is 1e-5 from the exact one, and 8e-6 from the same as eager's step.
+        setattr(by_hand, name, value.double())
     expected = two_layer.train_by_autograd(by_hand, steps)
     actual = two_layer.train_by_step(by_step, steps, backend=backend)
     assert expected[-1] < expected[0] and not by_hand.w1.requires_grad

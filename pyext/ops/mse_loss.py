@@ -76,7 +76,10 @@ def mse_loss(
 
 
 def eager(input: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-    """The reference."""
+    """The reference. (``F.mse_loss`` of PyTorch 2.11 has no gradient for what it promotes.)"""
+    if input.dtype != target.dtype:
+        dtype = torch.promote_types(input.dtype, target.dtype)
+        input, target = input.to(dtype), target.to(dtype)
     return F.mse_loss(input, target, reduction=reduction)
 
 

@@ -130,9 +130,14 @@ inline Tensor fresh(const Tensor& like, Extents sizes, Extents strides) {
   PYEXT_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   PYEXT_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle fresh;
-  PYEXT_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(),
-                                                  strides.data(), dtype, device_type,
-                                                  like.get_device_index(), &fresh));
+  const AOTITorchError error =
+      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+                               device_type, like.get_device_index(), &fresh);
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // PyTorch 2.11, whose check does not say what went wrong
+  if (is_too_much) STD_TORCH_CHECK(!error, "the bytes of a result overflow a 64-bit integer");
+  STD_TORCH_CHECK(!error, "cannot allocate memory for a result of ", bytes, " bytes");
+#endif
+  PYEXT_ERROR_CODE_CHECK(error);
   return Tensor(fresh);
 }
 
