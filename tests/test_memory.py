@@ -127,6 +127,11 @@ def test_threads_share_the_pool():
         assert all(threads.map(work, range(8)))
 
 
+NO_MEMORY = "allocate memory|out of memory|overflow"
+if torch.__version__ < (2, 12):  # of a PyTorch op that fails its header tells the name only
+    NO_MEMORY += "|aten::contiguous"
+
+
 @pytest.mark.parametrize("count", (2**50, 2**61 + 2**20))  # of float64: the second in no int64
 def test_what_no_memory_can_hold_is_refused_as_by_pytorch(count):
     x = torch.zeros(1, dtype=torch.float64).expand(count)
@@ -135,7 +140,7 @@ def test_what_no_memory_can_hold_is_refused_as_by_pytorch(count):
         lambda: P.dropout(x, 0.5, True, backend="extension"),
         lambda: P.mse_loss(x, x, reduction="none", backend="extension"),
     ):
-        with pytest.raises(RuntimeError, match="allocate memory|out of memory|overflow"):
+        with pytest.raises(RuntimeError, match=NO_MEMORY):
             call()
     # What the system has no memory for is asked for again without what is kept; the other never.
     assert (pyext.empty_buffer_pool() == 0) == (count == 2**50)
