@@ -17,6 +17,7 @@ BYTES_PER_PROGRAM = 8192
 WARPS = 4
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
+_WARPS = tl.constexpr(WARPS)
 
 
 def block_size(n, itemsize):
@@ -39,6 +40,20 @@ def elementwise_limits(specialised, inputs, out, spill_bytes=0):
         store_bytes=16 if aligned else specialised.itemsize(out),
         spill_bytes=spill_bytes,
     )
+
+
+@triton.jit
+def part_of(BLOCK: tl.constexpr):
+    """How many elements at once a program takes of a tile that the tensor ends in. Its accesses are
+    split into single elements where 16 does not divide n, and each holds a register: of a whole
+    tile of 16 bits, Triton 3.8 gave relu 110 registers rather than 32 and adadelta_step 255 and a
+    spill, in every program for the sake of the last one. Four of each thread keep dropout's blocks
+    of four whole. In the interpreter, where a step costs the same whatever its size, two parts.
+    """
+    if _INTERPRETED:
+        return BLOCK // 2 if BLOCK >= 32 else BLOCK
+    else:
+        return min(BLOCK, 4 * 32 * _WARPS)
 
 
 def laid_out_like(reference, tensor):

@@ -20,11 +20,19 @@ from ._elementwise import (
     elementwise_limits,
     float_from_bits,
     laid_out_like,
+    part_of,
     rounded,
     widen,
 )
 from ._limits import limits
-from ._registration import expect, expect_floating, float_bits, raw_op, wrap_triton
+from ._registration import (
+    expect,
+    expect_floating,
+    float_bits,
+    loop_bound,
+    raw_op,
+    wrap_triton,
+)
 
 
 @triton.jit
@@ -38,18 +46,36 @@ def _quotient(x, y):
 
 
 @triton.jit
-def _step(param, grad, square_avg, acc_delta, lr, rho, one_less_rho, eps, weight_decay):
-    """The new param, square_avg and acc_delta, in the type that sums are kept in."""
-    p, g, acc = widen(param), widen(grad), widen(acc_delta)
+def _step(
+    param,
+    grad,
+    square_avg,
+    acc_delta,
+    lr,
+    rho,
+    one_less_rho,
+    eps,
+    weight_decay,
+    offsets,
+    inside,
+):
+    dtype: tl.constexpr = param.dtype.element_ty
+    p = widen(tl.load(param + offsets, mask=inside))
+    g = widen(tl.load(grad + offsets, mask=inside))
+    mean_square = widen(tl.load(square_avg + offsets, mask=inside))
+    acc = widen(tl.load(acc_delta + offsets, mask=inside))
     if weight_decay is not None:  # without decay nothing of param may reach g: 0 * inf is NaN
         g += float_from_bits(weight_decay, p.dtype) * p
     rho = float_from_bits(rho, p.dtype)
     one_less_rho = float_from_bits(one_less_rho, p.dtype)
     eps = float_from_bits(eps, p.dtype)
-    mean_square = rho * widen(square_avg) + one_less_rho * (g * g)
+    mean_square = rho * mean_square + one_less_rho * (g * g)
     delta = _quotient(_sqrt(acc + eps), _sqrt(mean_square + eps)) * g
     acc = rho * acc + one_less_rho * (delta * delta)
-    return p - float_from_bits(lr, p.dtype) * delta, mean_square, acc
+    p -= float_from_bits(lr, p.dtype) * delta
+    tl.store(param + offsets, rounded(p, dtype), mask=inside)
+    tl.store(square_avg + offsets, rounded(mean_square, dtype), mask=inside)
+    tl.store(acc_delta + offsets, rounded(acc, dtype), mask=inside)
 
 
 @limits(
@@ -71,41 +97,39 @@ def _adadelta_step_kernel(
     weight_decay,
     BLOCK: tl.constexpr,
 ):
-    dtype: tl.constexpr = param.dtype.element_ty
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    offsets = start + tl.arange(0, BLOCK)
     # A mask that ends inside a 16-byte access would split them all: only the last tile has one.
     if start + BLOCK <= n:
-        p, mean_square, acc = _step(
-            tl.load(param + offsets),
-            tl.load(grad + offsets),
-            tl.load(square_avg + offsets),
-            tl.load(acc_delta + offsets),
+        _step(
+            param,
+            grad,
+            square_avg,
+            acc_delta,
             lr,
             rho,
             one_less_rho,
             eps,
             weight_decay,
+            start + tl.arange(0, BLOCK),
+            None,
         )
-        tl.store(param + offsets, rounded(p, dtype))
-        tl.store(square_avg + offsets, rounded(mean_square, dtype))
-        tl.store(acc_delta + offsets, rounded(acc, dtype))
     else:
-        inside = offsets < n
-        p, mean_square, acc = _step(
-            tl.load(param + offsets, mask=inside),
-            tl.load(grad + offsets, mask=inside),
-            tl.load(square_avg + offsets, mask=inside),
-            tl.load(acc_delta + offsets, mask=inside),
-            lr,
-            rho,
-            one_less_rho,
-            eps,
-            weight_decay,
-        )
-        tl.store(param + offsets, rounded(p, dtype), mask=inside)
-        tl.store(square_avg + offsets, rounded(mean_square, dtype), mask=inside)
-        tl.store(acc_delta + offsets, rounded(acc, dtype), mask=inside)
+        PART: tl.constexpr = part_of(BLOCK)
+        for first in range(0, loop_bound(n - start), PART):
+            offsets = start + first + tl.arange(0, PART)
+            _step(
+                param,
+                grad,
+                square_avg,
+                acc_delta,
+                lr,
+                rho,
+                one_less_rho,
+                eps,
+                weight_decay,
+                offsets,
+                offsets < n,
+            )
 
 
 @raw_op(

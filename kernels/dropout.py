@@ -13,9 +13,17 @@ import torch
 import triton
 import triton.language as tl
 
-from ._elementwise import WARPS, block_size, elementwise_limits, laid_out_like, rounded, widen
+from ._elementwise import (
+    WARPS,
+    block_size,
+    elementwise_limits,
+    laid_out_like,
+    part_of,
+    rounded,
+    widen,
+)
 from ._limits import limits, registers_for
-from ._registration import raw_op, wrap_triton
+from ._registration import loop_bound, raw_op, wrap_triton
 
 
 @triton.jit
@@ -28,8 +36,8 @@ def _scaled(value, kept, scale_bits):
 
 def _dropout_limits(specialised):
     """16 bytes of float64 are half a block: the other half's bits pass through shared memory. 16
-    bytes of 16 bits are two blocks, which with a masked tile take up to 80 registers on sm_80 (six
-    programs, 48 KiB in flight, where 2 TB/s over 108 multiprocessors need 19 KB).
+    bytes of 16 bits are two blocks, which take up to 80 registers on sm_80 (six programs, 48 KiB in
+    flight, where 2 TB/s over 108 multiprocessors need 19 KB).
     """
     limits = elementwise_limits(specialised, ["x"], "out")
     itemsize = specialised.itemsize("x")
@@ -40,24 +48,33 @@ def _dropout_limits(specialised):
     return limits
 
 
+@triton.jit
+def _dropout(x, seed, threshold, scale_bits, out, start, n, BLOCK: tl.constexpr):
+    """Elements ``start`` to ``start + BLOCK``, up to ``n`` where that is not None."""
+    counter = start // 4 + tl.arange(0, BLOCK // 4)
+    low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    zero = tl.zeros_like(low)
+    b0, b1, b2, b3 = tl.philox(seed, low, high, zero, zero)
+    bits = tl.interleave(tl.interleave(b0, b2), tl.interleave(b1, b3))
+    kept = bits.to(tl.int64) >= threshold  # which may be 2^32, above all bits
+    offsets = start + tl.arange(0, BLOCK)
+    inside = None if n is None else offsets < n
+    value = tl.load(x + offsets, mask=inside)
+    tl.store(out + offsets, _scaled(value, kept, scale_bits), mask=inside)
+
+
 @limits(_dropout_limits)
 @triton.jit(do_not_specialize=["threshold", "scale_bits"])
 def _dropout_kernel(x, seed, threshold, scale_bits, out, n, BLOCK: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    offsets = start + tl.arange(0, BLOCK)
-    counter = start // 4 + tl.arange(0, BLOCK // 4)
-    low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
-    zero = tl.zeros_like(low)
-    b0, b1, b2, b3 = tl.philox(tl.load(seed), low, high, zero, zero)
-    bits = tl.interleave(tl.interleave(b0, b2), tl.interleave(b1, b3))
-    kept = bits.to(tl.int64) >= threshold  # which may be 2^32, above all bits
+    key = tl.load(seed)
     # A mask that ends inside a 16-byte access would split them all: only the last tile has one.
     if start + BLOCK <= n:
-        tl.store(out + offsets, _scaled(tl.load(x + offsets), kept, scale_bits))
+        _dropout(x, key, threshold, scale_bits, out, start, None, BLOCK)
     else:
-        inside = offsets < n
-        value = tl.load(x + offsets, mask=inside)
-        tl.store(out + offsets, _scaled(value, kept, scale_bits), mask=inside)
+        PART: tl.constexpr = part_of(BLOCK)
+        for first in range(0, loop_bound(n - start), PART):
+            _dropout(x, key, threshold, scale_bits, out, start + first, n, PART)
 
 
 @raw_op("(Tensor input, Tensor seed, int threshold, float scale) -> Tensor")

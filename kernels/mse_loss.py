@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._elementwise import WARPS, block_size, elementwise_limits, rounded, widen
+from ._elementwise import WARPS, block_size, elementwise_limits, part_of, rounded, widen
 from ._limits import limits
 from ._reduction import NONE, accumulator, divisor, empty_loss, finish
 from ._registration import expect, expect_floating, loop_bound, raw_op, wrap_triton
@@ -24,20 +24,25 @@ MAX_PROGRAMS = 1024
 MAX_TILES_OF_ONE_PROGRAM = 4
 
 
+@triton.jit
+def _squared_error(input, target, loss, offsets, inside):
+    value = widen(tl.load(input + offsets, mask=inside))
+    difference = value - widen(tl.load(target + offsets, mask=inside))
+    squared = rounded(difference * difference, loss.dtype.element_ty)
+    tl.store(loss + offsets, squared, mask=inside)
+
+
 @limits(lambda specialised: elementwise_limits(specialised, ["input", "target"], "loss"))
 @triton.jit
 def _squared_error_kernel(input, target, loss, n, BLOCK: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    offsets = start + tl.arange(0, BLOCK)
     if start + BLOCK <= n:
-        difference = widen(tl.load(input + offsets)) - widen(tl.load(target + offsets))
-        tl.store(loss + offsets, rounded(difference * difference, loss.dtype.element_ty))
+        _squared_error(input, target, loss, start + tl.arange(0, BLOCK), None)
     else:
-        inside = offsets < n
-        value = widen(tl.load(input + offsets, mask=inside))
-        difference = value - widen(tl.load(target + offsets, mask=inside))
-        squared = rounded(difference * difference, loss.dtype.element_ty)
-        tl.store(loss + offsets, squared, mask=inside)
+        PART: tl.constexpr = part_of(BLOCK)
+        for first in range(0, loop_bound(n - start), PART):
+            offsets = start + first + tl.arange(0, PART)
+            _squared_error(input, target, loss, offsets, offsets < n)
 
 
 def _tail_spill_bytes(specialised):
@@ -86,7 +91,18 @@ def _mse_backward_limits(specialised):
     inputs = ["input", "target"]
     if not specialised.constants["GRAD_IS_SCALAR"]:
         inputs.append("grad")
-    return elementwise_limits(specialised, inputs, "grad_input", _tail_spill_bytes(specialised))
+    return elementwise_limits(specialised, inputs, "grad_input")
+
+
+@triton.jit
+def _mse_backward(
+    grad, input, target, grad_input, count, offsets, inside, GRAD_IS_SCALAR: tl.constexpr
+):
+    scale = widen(tl.load(grad) if GRAD_IS_SCALAR else tl.load(grad + offsets, mask=inside))
+    value = widen(tl.load(input + offsets, mask=inside))
+    difference = value - widen(tl.load(target + offsets, mask=inside))
+    result = rounded(scale * 2 / count * difference, grad_input.dtype.element_ty)
+    tl.store(grad_input + offsets, result, mask=inside)
 
 
 @limits(_mse_backward_limits)
@@ -95,19 +111,15 @@ def _mse_backward_kernel(
     grad, input, target, grad_input, n, count, GRAD_IS_SCALAR: tl.constexpr, BLOCK: tl.constexpr
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    offsets = start + tl.arange(0, BLOCK)
-    grad_offsets = tl.zeros((1,), tl.int64) if GRAD_IS_SCALAR else offsets
     if start + BLOCK <= n:
-        scale = widen(tl.load(grad + grad_offsets)) * 2 / count
-        difference = widen(tl.load(input + offsets)) - widen(tl.load(target + offsets))
-        tl.store(grad_input + offsets, rounded(scale * difference, grad_input.dtype.element_ty))
+        offsets = start + tl.arange(0, BLOCK)
+        _mse_backward(grad, input, target, grad_input, count, offsets, None, GRAD_IS_SCALAR)
     else:
-        inside = offsets < n
-        scale = widen(tl.load(grad + grad_offsets, mask=grad_offsets < n)) * 2 / count
-        value = widen(tl.load(input + offsets, mask=inside))
-        difference = value - widen(tl.load(target + offsets, mask=inside))
-        result = rounded(scale * difference, grad_input.dtype.element_ty)
-        tl.store(grad_input + offsets, result, mask=inside)
+        PART: tl.constexpr = part_of(BLOCK)
+        for first in range(0, loop_bound(n - start), PART):
+            offsets = start + first + tl.arange(0, PART)
+            inside = offsets < n
+            _mse_backward(grad, input, target, grad_input, count, offsets, inside, GRAD_IS_SCALAR)
 
 
 @raw_op("(Tensor input, Tensor target, int reduction) -> Tensor")

@@ -13,39 +13,49 @@ import torch
 import triton
 import triton.language as tl
 
-from ._elementwise import WARPS, block_size, elementwise_limits, laid_out_like, widen
+from ._elementwise import WARPS, block_size, elementwise_limits, laid_out_like, part_of, widen
 from ._limits import limits
-from ._registration import expect, expect_floating, raw_op, wrap_triton
+from ._registration import expect, expect_floating, loop_bound, raw_op, wrap_triton
+
+
+@triton.jit
+def _relu_forward(x, out, offsets, inside):
+    value = tl.load(x + offsets, mask=inside)
+    tl.store(out + offsets, tl.where(widen(value) < 0, 0, value), mask=inside)
 
 
 @limits(lambda specialised: elementwise_limits(specialised, ["x"], "out"))
 @triton.jit
 def _relu_forward_kernel(x, out, n, BLOCK: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    offsets = start + tl.arange(0, BLOCK)
     # A mask that ends inside a 16-byte access would split them all: only the last tile has one.
     if start + BLOCK <= n:
-        value = tl.load(x + offsets)
-        tl.store(out + offsets, tl.where(widen(value) < 0, 0, value))
+        _relu_forward(x, out, start + tl.arange(0, BLOCK), None)
     else:
-        inside = offsets < n
-        value = tl.load(x + offsets, mask=inside)
-        tl.store(out + offsets, tl.where(widen(value) < 0, 0, value), mask=inside)
+        PART: tl.constexpr = part_of(BLOCK)
+        for first in range(0, loop_bound(n - start), PART):
+            offsets = start + first + tl.arange(0, PART)
+            _relu_forward(x, out, offsets, offsets < n)
+
+
+@triton.jit
+def _relu_backward(grad, out, grad_input, offsets, inside):
+    value = tl.load(out + offsets, mask=inside)
+    kept = tl.where(widen(value) <= 0, 0, tl.load(grad + offsets, mask=inside))
+    tl.store(grad_input + offsets, kept, mask=inside)
 
 
 @limits(lambda specialised: elementwise_limits(specialised, ["grad", "out"], "grad_input"))
 @triton.jit
 def _relu_backward_kernel(grad, out, grad_input, n, BLOCK: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    offsets = start + tl.arange(0, BLOCK)
     if start + BLOCK <= n:
-        kept = tl.where(widen(tl.load(out + offsets)) <= 0, 0, tl.load(grad + offsets))
-        tl.store(grad_input + offsets, kept)
+        _relu_backward(grad, out, grad_input, start + tl.arange(0, BLOCK), None)
     else:
-        inside = offsets < n
-        value = tl.load(out + offsets, mask=inside)
-        kept = tl.where(widen(value) <= 0, 0, tl.load(grad + offsets, mask=inside))
-        tl.store(grad_input + offsets, kept, mask=inside)
+        PART: tl.constexpr = part_of(BLOCK)
+        for first in range(0, loop_bound(n - start), PART):
+            offsets = start + first + tl.arange(0, PART)
+            _relu_backward(grad, out, grad_input, offsets, offsets < n)
 
 
 # With a mask: bit i % 8 of mask[i // 8] belongs to element i; those behind the last element are 0.
