@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from pyext.backends import BACKENDS
 from pyext.lab import environment, isolated
-from pyext.lab.bench import Progress, Section, Settings
+from pyext.lab.bench import Progress, Section, Settings, interpreter_missing
 from pyext.lab.results import COLUMNS
 from pyext.workloads import compare, data
 
@@ -23,15 +24,19 @@ SUITE = "mnist"
 # A step takes about a second in Triton's interpreter: one is enough to see that every swapped op
 # runs in its place; the ops' own rows check them in depth.
 _INTERPRETED_STEPS = {"quick": 1, "full": 20}
+# They take about 8 s in the quick profile, on an idle machine; with a limit of time, this at most.
+_INTERPRETED_S, _MOST_INTERPRETED_S = 8.0, 30.0
 _INTERPRETED_CHECKS = (compare.check_relu_bitwise, compare.check_float64)
 
 
-def run(settings: Settings, progress: Progress) -> Section:
+def run(settings: Settings, progress: Progress, limit_s: float | None = None) -> Section:
     """Compares the backends in the training of the MNIST networks.
 
     Args:
         settings: of the whole run.
         progress: called with what is going on.
+        limit_s: the trainings are cut short to end in about so many seconds; None leaves nothing
+            out.
 
     Returns:
         The section ``mnist`` of the result file, its rows, and notes for the reader.
@@ -43,15 +48,22 @@ def run(settings: Settings, progress: Progress) -> Section:
     notes = [] if substitute is None else [substitute.replace(folder, "the data folder")]
     device = settings.device
     names, rows = [], []
+    interpreted = "triton" in settings.backends and device.type == "cpu"
     for name in settings.backends:
-        if name == "triton" and device.type == "cpu":
-            continue  # in its interpreter, below
-        if reason := BACKENDS[name].unavailable(device):
+        reason = BACKENDS[name].unavailable(device)
+        if name == "triton" and interpreted:
+            reason = interpreter_missing()
+            if not reason:
+                continue  # below
+            interpreted = False
+        if reason:
             rows += [
                 _row(each, name, settings, "unavailable", reason) for each in compare.WORKLOADS
             ]
         else:
             names.append(name)
+    if limit_s is not None and interpreted:
+        limit_s -= _INTERPRETED_S
     hyper = dataclasses.replace(compare.DEFAULTS, seed=settings.seed + 1)
     found = compare.run(
         images,
@@ -59,24 +71,41 @@ def run(settings: Settings, progress: Progress) -> Section:
         device=device,
         profile=compare.PROFILES[settings.profile],
         hyper=hyper,
+        limit_s=limit_s,
         progress=progress,
     )
     section = _section(found, hyper)
-    if "triton" in settings.backends and device.type == "cpu":
+    notes += _cut_short(found)
+    if interpreted:
         progress("triton in its interpreter", 0.97)
-        interpreted = _interpreted_parity(settings.profile)
-        section["parity"] += interpreted
+        parity, death = _interpreted_parity(settings, limit_s is not None)
+        section["parity"] += parity
+        status, reason = "skipped", "the time was used up"
+        if death:
+            status, reason = "error", f"in its interpreter's process, which {death}"
         for each in compare.WORKLOADS:
-            answers = [check for check in interpreted if check["workload"] == each]
+            answers = [check for check in parity if check["workload"] == each]
             if len(answers) < len(_INTERPRETED_CHECKS):
-                reason = "the process that ran Triton's interpreter ended before all checks"
-                rows.append(_row(each, "triton", settings, "skipped", reason))
-                notes.append(f"{each}, triton: not checked, {reason}.")
+                rows.append(_row(each, "triton", settings, status, reason))
+                notes.append(f"{each}, triton: not checked: {reason}.")
     section["failed"] = not all(each["ok"] for each in section["parity"])
     rows = _speed_rows(found, section, settings, rows) + rows
     networks = list(compare.WORKLOADS)
     rows.sort(key=lambda row: networks.index(row["op"]))
-    return section, rows, notes
+    return section, [row | {"data": found.data} for row in rows], notes
+
+
+def _cut_short(found: compare.Comparison) -> Iterator[str]:
+    """A note for each network whose training was cut short."""
+    for curve in found.curves:
+        if curve.cut_short and curve.backend == "eager":
+            epochs = curve.tests[-1].epoch
+            yield f"{curve.workload}: the time was used up after {epochs:.2g} epochs of training."
+
+
+def is_substitute(section: dict[str, Any] | None) -> bool:
+    """Whether the networks were trained on other data than MNIST."""
+    return section is not None and section["data"] != data.DATASETS[SUITE].title
 
 
 def _section(found: compare.Comparison, hyper: Any) -> dict[str, Any]:
@@ -181,13 +210,21 @@ def _row(
     }
 
 
-def _interpreted_parity(profile: str) -> list[dict[str, Any]]:
-    """The parity checks of Triton's kernels, in a process that interprets them."""
-    request = {"profile": profile, "threads": torch.get_num_threads()}
+def _interpreted_parity(
+    settings: Settings, limited: bool
+) -> tuple[list[dict[str, Any]], isolated.ProcessDied | None]:
+    """The parity checks of Triton's kernels, in a process that interprets them, and its death."""
+    request = {"profile": settings.profile, "threads": torch.get_num_threads()}
     command = [sys.executable, str(Path(__file__).resolve())]
     variables = {"TRITON_INTERPRET": "1"}
-    limit_s = 30.0 if profile == "quick" else None
-    return list(isolated.stream(request, variables, limit_s, command))
+    found: list[dict[str, Any]] = []
+    try:
+        limit_s = _MOST_INTERPRETED_S if limited else None
+        for answer in isolated.stream(request, variables, limit_s, command):
+            found.append(answer)
+    except isolated.ProcessDied as death:
+        return found, death
+    return found, None
 
 
 def _child() -> None:

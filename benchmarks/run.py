@@ -113,6 +113,8 @@ def _run(benchmark: Benchmark, console: Console) -> int:
     benchmark.finish(interrupted=interrupted)
     report.show(results.data, console)
     plots = report.write_plots(results.data, folder)
+    if mnist_suite.is_substitute(results.data["mnist"]):
+        console.print(f"The data folder is {mnist_suite.data.data_root()}.", markup=False)
     console.print(f"Wrote results.json, results.csv and {len(plots)} plots to {_shown(folder)}.")
     if interrupted:
         console.print(f"Interrupted: the {len(results.rows)} finished rows are kept.")

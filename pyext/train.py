@@ -34,6 +34,7 @@ from pyext.workloads.engine import HyperParameters, TestResult, Training
 
 OK, FAILED, WRONG_USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130
 DEFAULTS = HyperParameters()
+_OTHER_DATA = "(Or name the folder with --data-dir, or train on scikit-learn's: --dataset digits.)"
 
 
 class _Missing(RuntimeError):
@@ -51,8 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.recipe == "fast":
             return _train_fast(parser, options, console, errors)
         return _train(parser, options, console)
-    except (_Missing, datasets.DataError) as error:
+    except _Missing as error:
         errors.print(str(error), markup=False)
+        return MISSING
+    except datasets.DataError as error:
+        errors.print(f"{error} {_OTHER_DATA}", markup=False)
         return MISSING
     except engine.CheckpointError as error:
         parser.error(f"--resume: {error}")
@@ -436,7 +440,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pyext.train",
         description="Train a network with one of the lab's backends, or with each in turn.",
-        epilog="Exit codes: 0 trained; 1 the loss is not finite, or the fast recipe's mean over "
+        epilog="Exit codes: 0 trained; 1 the loss is not finite, or with the fast recipe a backend "
+        "does not train as eager does or the mean over "
         f"{_fast_recipe.SEEDS_OF_A_CLAIM} seeds or more is below "
         f"{100 * mnist_fast.TARGET_ACCURACY:g} %; 2 wrong usage; 3 the data, the device or the "
         "backend is not available; 130 interrupted.",

@@ -324,6 +324,49 @@ class TestProcesses:
         assert [each.name for each in both] == ["eager", "eager-inplace"]
         assert {each.status for each in (alone, *both)} == {"ok"}
 
+    def test_a_process_that_dies_says_how_and_another_goes_on(self, monkeypatch):
+        """The second of three cases kills it: with a signal, or with Python's own words."""
+        script = (
+            "import json, os, sys; request = json.load(sys.stdin)\n"
+            "for case in request['cases']:\n"
+            "    if case['shape'] == [2]: ACTION\n"
+            "    print(json.dumps([{'name': 'eager', 'kind': 'backend', 'times': {}}]), flush=True)"
+        )
+        jobs = [(dataclasses.replace(self.CASE, shape=(n,)), ["eager"]) for n in (1, 2, 3)]
+        stream = isolated.stream
+        for action, reason in (
+            ("os.kill(os.getpid(), 11)", "was ended by SIGSEGV"),
+            ("raise MemoryError('no room')", "ended with exit code 1: MemoryError: no room"),
+        ):
+            command = (sys.executable, "-c", script.replace("ACTION", action))
+            monkeypatch.setattr(isolated, "stream", lambda *args: stream(*args, command))  # noqa: B023
+            outcomes = [outcome for _, (outcome,) in isolated.time_apart(jobs, TINY, seed=0)]
+            assert [each.status for each in outcomes] == ["ok", "error", "ok"]
+            assert outcomes[1].reason == f"in a process of its own, which {reason}"
+
+    def test_a_process_without_time_is_no_error(self, monkeypatch):
+        stream, command = isolated.stream, (sys.executable, "-c", "import time; time.sleep(600)")
+        monkeypatch.setattr(isolated, "stream", lambda *args: stream(*args, command))
+        jobs = [(self.CASE, ["eager"])]
+        assert list(isolated.time_apart(jobs, TINY, seed=0, limit_s=0.3)) == []
+
+    @needs_extension
+    @pytest.mark.parametrize("status", ["wrong", "error"])
+    def test_what_fails_only_alone_has_failed(self, run, monkeypatch, tmp_path, capsys, status):
+        def time_apart(jobs, effort, seed, limit_s):
+            for case, names in jobs:
+                yield case, [isolated.Outcome(name, "backend", status, "off") for name in names]
+
+        monkeypatch.setattr(isolated, "time_apart", time_apart)
+        arguments = ["--device", "cpu", "--suite", "relu", "--shape", "64", "--out", str(tmp_path)]
+        arguments += ["--backend", "eager,extension", "--peer", "none"]
+        assert run.main(arguments, effort=TINY, alone=True) == 1
+        for row in results.load(tmp_path)["rows"]:
+            if row["direction"] == "both" and row["outputs"] == "allocated":
+                assert row["status"] == status and row["median_s"] is None
+                assert row["reason"] == "in a process of its own: off"
+        assert "A result was wrong: eager in relu, extension in relu" in capsys.readouterr().out
+
     @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
     def test_interpreted_rows_are_checked_and_have_no_time(self, run, tmp_path):
         code, data = relu_run(run, tmp_path, "--backend", "triton", "--peer", "none")
@@ -392,22 +435,32 @@ class TestMnist:
         monkeypatch.setattr(suite.compare, "run", lambda *args, **kwargs: nothing)
         monkeypatch.setattr(suite.data, "load_or_digits", lambda name: (None, None))
 
-        def of(answers):
-            monkeypatch.setattr(suite, "_interpreted_parity", lambda profile: answers)
+        def of(answers, death=None, missing=None):
+            monkeypatch.setattr(suite, "_interpreted_parity", lambda *args: (answers, death))
+            monkeypatch.setattr(suite, "interpreter_missing", lambda: missing)
             return suite.run(settings, lambda what, done: None)
 
         return of
 
-    def test_an_interpreter_that_dies_is_a_row_and_a_note(self, section):
+    def test_no_triton_is_a_reason(self, section):
+        _, rows, notes = section([], missing="Triton is not installed")
+        assert [(row["status"], row["reason"]) for row in rows if row["variant"] == "triton"] == [
+            ("unavailable", "Triton is not installed")
+        ] * 2
+        assert notes == []
+
+    @pytest.mark.parametrize("death", [None, isolated.ProcessDied("was ended by SIGSEGV")])
+    def test_an_interpreter_that_ends_early_is_a_row_and_a_note(self, section, death):
         answer = {"workload": "mnist_cnn", "backend": "triton", "batch_size": 2, "ok": True}
         answers = [
             {**answer, "check": "relu_bitwise", "distance": 0.0},
             {**answer, "check": "float64", "distance": 0.0},
             {**answer, "workload": "mnist_mlp", "check": "relu_bitwise", "distance": 0.0},
         ]
-        _, rows, notes = section(answers)
+        _, rows, notes = section(answers, death)
         assert {row["op"]: row["status"] for row in rows if row["variant"] == "triton"} == {
             "mnist_cnn": "interpreted",
-            "mnist_mlp": "skipped",
+            "mnist_mlp": "error" if death else "skipped",
         }
+        assert {row["data"] for row in rows} == {"digits"}
         assert len(rows) == 2 and len(notes) == 1 and notes[0].startswith("mnist_mlp, triton: not")

@@ -1,6 +1,8 @@
 """The comparison of backends in training: that its checks can fail, and what it reports."""
 
 import dataclasses
+import functools
+import time
 
 import pytest
 import torch
@@ -117,6 +119,20 @@ def test_float64_and_curve_parity_see_a_wrong_op(loaded, monkeypatch, workload, 
     assert not check.ok and check.distance > check.limit
 
 
+def test_one_strange_reordered_run_does_not_set_the_limit(loaded, monkeypatch):
+    """A flipped activation parts one of eager's own re-ordered runs from the others."""
+    real, calls = compare._distance, 0
+
+    def distance(expected, actual):
+        nonlocal calls
+        calls += 1
+        return 0.5 if calls == 2 else real(expected, actual)
+
+    monkeypatch.setattr(compare, "_distance", distance)
+    check = compare.check_curve("mnist_mlp", loaded, "eager", **OPTIONS)
+    assert calls == 4 and check.ok and check.limit < 1e-3
+
+
 @pytest.mark.parametrize("workload", compare.WORKLOADS)
 def test_reordering_changes_rounding_and_nothing_else(loaded, workload):
     prepare = compare.WORKLOADS[workload].prepare
@@ -175,6 +191,20 @@ def test_side_by_side_ends_when_all_reach_the_target(loaded):
     assert [test.epoch for test in curve.tests] == [1.0]
 
 
+def test_side_by_side_is_cut_short_when_the_time_is_used_up(loaded):
+    def train(**options):
+        trainings = {"eager": compare.WORKLOADS["mnist_mlp"].prepare(HYPER, loaded)}
+        _, (curve,) = compare.train_side_by_side(trainings, target_accuracy=2.0, **options)
+        return curve
+
+    curve = train(epochs=10**6, limit_s=0.2)
+    assert curve.cut_short
+    assert curve.tests[-1].step == len(curve.losses)  # tested where it ends
+    assert not train(epochs=2, limit_s=60.0).cut_short
+    # Long enough to be timed, however little time there is.
+    assert train(epochs=10**6, limit_s=0.0).tests[-1].step >= compare.MIN_BLOCKS
+
+
 # --- the share, and everything together ----------------------------------------------------------
 
 
@@ -210,6 +240,18 @@ def test_run_checks_measures_and_reports_progress(loaded):
     done = [share for _, share in progress]
     assert done == sorted(done) and 0 <= done[0] and done[-1] <= 1
     assert any("mnist_cnn: training" in what for what, _ in progress)
+
+
+def test_run_keeps_to_its_time(loaded, monkeypatch):
+    without_target = functools.partial(compare.train_side_by_side, target_accuracy=2.0)
+    monkeypatch.setattr(compare, "train_side_by_side", without_target)
+    profile = dataclasses.replace(
+        SMALL, seconds=None, epochs=dict.fromkeys(compare.WORKLOADS, 9999)
+    )
+    start = time.monotonic()
+    result = compare.run(loaded, [], profile=profile, hyper=HYPER, limit_s=2.0)
+    assert time.monotonic() - start < 30.0  # epochs without end otherwise
+    assert [curve.cut_short for curve in result.curves] == [True, True]
 
 
 def test_a_wrong_backend_is_reported_and_not_timed(loaded, monkeypatch):

@@ -176,7 +176,7 @@ def test_a_bad_download_is_never_kept(tmp_path, demand, serve):
         with pytest.raises(data.DataError) as caught:
             data.load("mnist", tmp_path)
     assert not list((tmp_path / "MNIST/raw").iterdir())
-    for part in ("not downloaded (127.0.0.1", "--data-dir", "PYEXT_DATA", "--dataset digits"):
+    for part in ("not downloaded (127.0.0.1", "torchvision's layout", "PYEXT_DATA"):
         assert part in str(caught.value)
 
 

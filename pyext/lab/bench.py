@@ -22,7 +22,7 @@ from pyext.lab import environment, host_path, isolated, measure, roofline
 from pyext.lab.cases import ALLOCATED, PREALLOCATED, Case, Inputs, cases
 from pyext.lab.measure import Effort, Samples
 from pyext.lab.peers import PEERS, Peers, why_unavailable
-from pyext.lab.results import Results, fill_floor, fill_times, new_row
+from pyext.lab.results import FAILURES, Results, fill_floor, fill_times, new_row
 from pyext.lab.timing import FULL, QUICK, Outcome, time_case, verified
 
 MNIST = "mnist"
@@ -33,6 +33,7 @@ _MNIST_S, _REPORT_S = 36.0, 7.0
 _ALONE_S = 12.0
 # Triton's interpreter runs a thousand times slower: enough elements for several blocks and a tail.
 _INTERPRETED_ELEMENTS, _INTERPRETED_EXTENT = 3000, 40
+_APART = "in a process of its own"
 _OUT_OF_TIME = "the time was used up; --profile full without --minutes leaves nothing out"
 
 
@@ -136,7 +137,7 @@ class Benchmark:
         settings: what to do.
         folder: where the files go.
         command: the command line, for the record.
-        mnist: trains and compares; the lab itself knows no workload.
+        mnist: trains and compares, in so many seconds; the lab itself knows no workload.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class Benchmark:
         settings: Settings,
         folder: Path,
         command: str,
-        mnist: Callable[[Settings, Progress], Section],
+        mnist: Callable[[Settings, Progress, float | None], Section],
     ):
         self.settings = settings
         self._mnist = mnist
@@ -270,7 +271,7 @@ class Benchmark:
                 op, settings.device, settings.dtypes, [_interpretable(settings.shapes[op.name][0])]
             )
         ]
-        if reason := _interpreter_missing():
+        if reason := interpreter_missing():
             for case in small:
                 self._timed[case] = [Outcome("triton", "backend", "unavailable", reason)]
             self._write_rows(*small)
@@ -284,8 +285,7 @@ class Benchmark:
             self._write_rows(case)
         unchecked = [case for case in small if case not in self._timed]
         for case in unchecked:
-            reason = "the process that ran Triton's interpreter ended before this check"
-            self._timed[case] = [Outcome("triton", "backend", "skipped", reason)]
+            self._timed[case] = [Outcome("triton", "backend", "skipped", _OUT_OF_TIME)]
         self._write_rows(*unchecked)
 
     def _take_small_calls_apart(self, progress: Progress) -> None:
@@ -303,6 +303,11 @@ class Benchmark:
         self.results.data["host_path"] = found = []
         for done, (op, backend) in enumerate(jobs):
             progress(f"{op.name} {backend}", done / len(jobs))
+            if self._time_left() < self._after_ops_s():
+                self._note_short_of_time(
+                    f"{len(jobs) - done} of {len(jobs)} small calls were not taken apart"
+                )
+                break
             case = host_path.small_case(op, settings.dtypes[0], device)
             inputs = Inputs(op, case, settings.seed)
             outcome = verified(backend, inputs, case)
@@ -344,7 +349,10 @@ class Benchmark:
                 count += 1
                 progress(f"{name}: {case.label}", done_before + count / len(right) / len(soloists))
                 for outcome in outcomes:
-                    self._add_alone(case, outcome)
+                    if outcome.status not in FAILURES:
+                        self._add_alone(case, outcome)
+                    elif outcome.name == name:  # (eager beside it may have died of it)
+                        self._replace_outcome(case, outcome)
                 self._write_rows(case)
             if count < len(right):
                 self._note_short_of_time(f"{name} was timed alone in {count} of {len(right)} cases")
@@ -359,8 +367,18 @@ class Benchmark:
                 if before is None or samples.median < before.median:
                     kept[clock] = samples
 
+    def _replace_outcome(self, case: Case, failed: Outcome) -> None:
+        """What was right among the others and fails apart from them has failed."""
+        if not (failed.reason or "").startswith(_APART):
+            failed.reason = f"{_APART}: {failed.reason}"
+        outcomes = self._timed[case]
+        self._timed[case] = [failed if each.name == failed.name else each for each in outcomes]
+
     def _train_mnist(self, progress: Progress) -> None:
-        section, self._mnist_rows, notes = self._mnist(self.settings, progress)
+        limit_s = None
+        if self.settings.limit_s is not None:
+            limit_s = max(self._time_left() - _REPORT_S, 0.0)
+        section, self._mnist_rows, notes = self._mnist(self.settings, progress, limit_s)
         self.results.data["mnist"] = section
         self.results.data["notes"] += notes
         self._write_rows()
@@ -476,7 +494,8 @@ def _interpretable(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(min(extent, limit - 1 - 2 * axis) for axis, extent in enumerate(shape))
 
 
-def _interpreter_missing() -> str | None:
+def interpreter_missing() -> str | None:
+    """Why Triton's kernels cannot be interpreted here; None if they can."""
     import importlib.util
 
     if importlib.util.find_spec("triton") is None:

@@ -6,15 +6,18 @@ answers with one JSON line per case.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -22,8 +25,12 @@ from pyext import registry
 from pyext.lab import environment, measure
 from pyext.lab.cases import ALLOCATED, PREALLOCATED, Case, Inputs, backend_variant
 from pyext.lab.measure import Effort
-from pyext.lab.peers import Peers
+from pyext.lab.peers import PEERS, Peers
 from pyext.lab.timing import Outcome, time_case
+
+
+class ProcessDied(RuntimeError):
+    """A child ended before it had answered everything, and not for lack of time; says how."""
 
 
 def time_apart(
@@ -42,25 +49,30 @@ def time_apart(
         limit_s: after so many seconds the process is stopped; finished cases have come by then.
 
     Yields:
-        Each case with its outcomes.
+        Each case with its outcomes; ``error`` for all of a case in which the process died, after
+        which another one goes on.
     """
     begin = time.monotonic()
     for outputs, variables in ((ALLOCATED, {}), (PREALLOCATED, measure.RECYCLED_MEMORY)):
         group = [job for job in jobs if job[0].outputs == outputs]
-        if not group:
-            continue
-        request = {
-            "task": "time",
-            "cases": [case.to_json() for case, _ in group],
-            "variants": [list(names) for _, names in group],
-            "effort": asdict(effort),
-            "seed": seed,
-            "threads": torch.get_num_threads(),
-        }
+
+        def request(done: int, group=group) -> dict[str, Any]:
+            return {
+                "task": "time",
+                "cases": [case.to_json() for case, _ in group[done:]],
+                "variants": [list(names) for _, names in group[done:]],
+                "effort": asdict(effort),
+                "seed": seed,
+            }
+
         left = None if limit_s is None else limit_s - (time.monotonic() - begin)
-        answers = stream(request, variables, left)
-        for (case, _), answer in zip(group, answers, strict=False):
-            yield case, [Outcome.from_json(each) for each in answer]
+        answers = _answers(request, len(group), variables, left)
+        for (case, names), answer in zip(group, answers, strict=False):
+            if isinstance(answer, ProcessDied):
+                reason = f"in a process of its own, which {answer}"
+                yield case, [Outcome(name, _kind(name), "error", reason) for name in names]
+            else:
+                yield case, [Outcome.from_json(each) for each in answer]
 
 
 def check_interpreted(
@@ -74,17 +86,45 @@ def check_interpreted(
         limit_s: as in :func:`time_apart`.
 
     Yields:
-        Each case with its outcome, ``interpreted`` where the kernels are right.
+        Each case with its outcome, ``interpreted`` where the kernels are right; ``error`` where the
+        process died, after which another one goes on.
     """
-    request = {
-        "task": "check",
-        "cases": [case.to_json() for case in cases],
-        "seed": seed,
-        "threads": torch.get_num_threads(),
-    }
-    answers = stream(request, {"TRITON_INTERPRET": "1"}, limit_s)
+
+    def request(done: int) -> dict[str, Any]:
+        return {"task": "check", "cases": [case.to_json() for case in cases[done:]], "seed": seed}
+
+    answers = _answers(request, len(cases), {"TRITON_INTERPRET": "1"}, limit_s)
     for case, answer in zip(cases, answers, strict=False):
+        if isinstance(answer, ProcessDied):
+            answer = {"status": "error", "reason": f"in its interpreter's process, which {answer}"}
         yield case, Outcome("triton", "backend", **answer)
+
+
+def _answers(
+    request: Callable[[int], dict[str, Any]],
+    count: int,
+    variables: Mapping[str, str],
+    limit_s: float | None,
+) -> Iterator[Any]:
+    """The answers to ``request(0)``, one for each of ``count`` cases. A process that dies has its
+    death for an answer to the case it was at; then one with ``request(how many are done)`` starts.
+    Fewer when the time is up."""
+    begin, done = time.monotonic(), 0
+    while done < count:
+        left = None if limit_s is None else limit_s - (time.monotonic() - begin)
+        asked = request(done) | {"threads": torch.get_num_threads()}
+        try:
+            for answer in stream(asked, variables, left):
+                done += 1
+                yield answer
+            return
+        except ProcessDied as death:
+            done += 1
+            yield death
+
+
+def _kind(name: str) -> str:
+    return "peer" if name in PEERS else "backend"
 
 
 def stream(
@@ -100,31 +140,60 @@ def stream(
         variables: additions to its environment.
         limit_s: after so many seconds it is stopped.
         command: starts it.
+
+    Raises:
+        ProcessDied: it ended with a signal or an exit code, and not because of ``limit_s``.
     """
+    errors = tempfile.TemporaryFile()
     child = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=errors,
         env={**os.environ, **(variables or {})},
         text=True,
         start_new_session=True,  # Ctrl-C is the parent's to handle
     )
-    timer = threading.Timer(limit_s, child.kill) if limit_s is not None else None
+    out_of_time = threading.Event()
+
+    def stop() -> None:
+        out_of_time.set()
+        child.kill()
+
+    timer = threading.Timer(max(limit_s, 0.0), stop) if limit_s is not None else None
     if timer:
         timer.daemon = True
         timer.start()
     try:
-        child.stdin.write(json.dumps(request))
-        child.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it died at once: the exit code tells
+            child.stdin.write(json.dumps(request))
+            child.stdin.close()
         for line in child.stdout:
-            yield json.loads(line)
+            if line.endswith("\n"):  # else it died, or was stopped, while writing
+                yield json.loads(line)
+        if child.wait() != 0 and not out_of_time.is_set():
+            raise ProcessDied(_death(child.returncode, errors))
     finally:
         if timer:
             timer.cancel()
         child.kill()
         child.wait()
         child.stdout.close()
+        errors.close()
+
+
+def _death(returncode: int, errors: BinaryIO) -> str:
+    """How a process ended, as the rest of a sentence about it, with its last words."""
+    if returncode < 0:
+        names = {each.value: each.name for each in signal.Signals}
+        text = f"was ended by {names.get(-returncode, f'signal {-returncode}')}"
+    else:
+        text = f"ended with exit code {returncode}"
+    end = errors.seek(0, os.SEEK_END)
+    errors.seek(max(end - 4096, 0))
+    words = errors.read().decode(errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(words) if line.strip()), "")
+    return f"{text}: {last[:200]}" if last else text
 
 
 def receive() -> tuple[dict[str, Any], Callable[[str], None]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -39,6 +40,13 @@ def show(data: dict[str, Any], console: Console) -> None:
     """Prints everything: the long table, MNIST, what is missing, and the answer at a glance."""
     for part in _parts(data):
         console.print(part)
+    rows = [row for row in data["rows"] if row["suite"] != "mnist"]
+    if any(row["status"] == "ok" for row in rows):
+        # With times, intervals and floors where the terminal is wide enough for them.
+        detailed = _glance(rows, data, detailed=True)
+        unbounded = console.options.update(max_width=10_000)
+        fits = Measurement.get(console, unbounded, detailed).maximum <= console.width
+        console.print(detailed if fits else _glance(rows, data))
 
 
 def write_plots(data: dict[str, Any], folder: Path) -> list[Path]:
@@ -55,8 +63,6 @@ def _parts(data: dict[str, Any]) -> Iterator[RenderableType]:
     if data["mnist"]:
         yield from _mnist_tables(data)
     yield from _remarks(data)
-    if any(row["status"] == "ok" for row in rows):
-        yield _glance(rows, data)
 
 
 def variants_of(rows: Iterable[Row]) -> list[str]:
@@ -190,8 +196,9 @@ def _remark(row: Row) -> str:
     return "; ".join(remarks)
 
 
-def _glance(rows: list[Row], data: dict[str, Any]) -> Table:
-    """One line per case: eager's time, and each variant's ratio to it."""
+def _glance(rows: list[Row], data: dict[str, Any], *, detailed: bool = False) -> Table:
+    """One line per case: eager's time, and each variant's ratio to it; ``detailed`` is a second
+    line with intervals, times and the shares of the floor."""
     names = [name for name in variants_of(rows) if name != "eager"]
     names = [
         name
@@ -203,7 +210,7 @@ def _glance(rows: list[Row], data: dict[str, Any]) -> Table:
         )
     ]
     table = _small_table("At a glance: how many times faster than eager")
-    table.caption = _caption(data, rows)
+    table.caption = _caption(data, rows, detailed)
     several_clocks = len({row["clock"] for row in rows if row["clock"]}) > 1
     several_dtypes = len({row["dtype"] for row in rows}) > 1
     for title in ("op", *["dtype"] * several_dtypes, *["clock"] * several_clocks):
@@ -227,8 +234,9 @@ def _glance(rows: list[Row], data: dict[str, Any]) -> Table:
         cells = []
         for name in names:
             row = by_name.get(name) or _without_clock(rows, eager, name)
-            cells.append(_glance_cell(row, (name, op, direction, dtype) in checked))
-        table.add_row(*case, seconds(eager["median_s"]), *cells)
+            cells.append(_glance_cell(row, (name, op, direction, dtype) in checked, detailed))
+        first = seconds(eager["median_s"])
+        table.add_row(*case, f"{first}\n{_floor(eager)}" if detailed else first, *cells)
     return table
 
 
@@ -253,7 +261,7 @@ def _without_clock(rows: list[Row], like: Row, name: str) -> Row | None:
     )
 
 
-def _glance_cell(row: Row | None, checked: bool) -> Text:
+def _glance_cell(row: Row | None, checked: bool, detailed: bool) -> Text:
     if row is not None and row["status"] in _FAILED:
         return Text(_FAILED[row["status"]], style="bold red")
     if checked:
@@ -261,10 +269,20 @@ def _glance_cell(row: Row | None, checked: bool) -> Text:
     if row is None or row["status"] != "ok" or row["ratio_vs_eager"] is None:
         return Text("–", style="dim")
     flag = "≈" if row["verdict"] == "no difference" else ""
-    return Text(f"{flag}{_ratio(row['ratio_vs_eager'])}", style=_STYLES[row["verdict"]])
+    cell = Text(f"{flag}{_ratio(row['ratio_vs_eager'])}", style=_STYLES[row["verdict"]])
+    if detailed:
+        low, high = map(_three_digits, row["ratio_ci"])
+        cell.append(f" {low}–{high}\n")
+        cell.append(f"{seconds(row['median_s'])} {_floor(row)}", style="not dim white")
+    return cell
 
 
-def _caption(data: dict[str, Any], rows: list[Row]) -> str:
+def _floor(row: Row) -> str:
+    """How near to its floor a row comes, in brackets."""
+    return "" if row["pct_of_floor"] is None else f"[{row['pct_of_floor']:.0f} %]"
+
+
+def _caption(data: dict[str, Any], rows: list[Row], detailed: bool) -> str:
     environment = data["environment"]
     dtypes = ", ".join(dict.fromkeys(row["dtype"] for row in rows))
     text = (
@@ -272,6 +290,8 @@ def _caption(data: dict[str, Any], rows: list[Row]) -> str:
         f"PyTorch {environment['versions']['torch']}, {dtypes}. "
         "≈: the interval contains 1, no difference."
     )
+    if detailed:
+        text += " Ratio, its 95 % interval, time, [% of floor; above 100 %: in the caches]."
     if any(row["outputs"] != "allocated" for row in rows):
         text += " *: outputs preallocated, for all alike."
     if any(row["status"] == "interpreted" for row in rows):
@@ -417,8 +437,8 @@ def _line(cells: Sequence[str]) -> str:
 def _markdown_cell(row: Row | None, checked: bool) -> str:
     if row is None:
         return "checked" if checked else "–"
-    floor = "" if row["kind"] == "peer" else f", {row['pct_of_floor']:.0f} % of floor"
-    if floor and row["pct_of_floor"] > 100:
+    floor = f", {row['pct_of_floor']:.0f} % of floor"
+    if row["pct_of_floor"] > 100:
         floor += " (in the caches?)"
     if row["verdict"] == "baseline":
         return f"{seconds(row['median_s'])}{floor}"

@@ -25,6 +25,7 @@ COLUMNS = (
     "dtype",
     "device",
     "outputs",
+    "data",
     "variant",
     "kind",
     "clock",

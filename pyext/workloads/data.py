@@ -319,7 +319,7 @@ def _content(
         raise DataError(
             f"{reason} It was not downloaded ({failures}). Put the four files of "
             f"{dataset.title} into {folder} (torchvision's layout), or name the data folder with "
-            "--data-dir or PYEXT_DATA, or train on scikit-learn's digits (--dataset digits)."
+            "the environment variable PYEXT_DATA."
         )
     content, problem = _read(path, file.sha256_gz)
     if content is None:
