@@ -281,6 +281,12 @@ class TestWrong:
             )
             assert (code, len(data["host_path"])) == ((1, 0) if right < 10**9 else (0, 1))
 
+    def test_the_host_path_keeps_to_the_time(self, run, tmp_path):
+        more = ("--backend", "eager,extension", "--peer", "none", "--profile", "full")
+        code, data = relu_run(run, tmp_path, *more, "--shape", "64", "--minutes", "0.0001")
+        assert code == 0 and data["host_path"] == []
+        assert any("1 of 1 small calls were not taken apart" in note for note in data["notes"])
+
     def test_that_raises(self, run, monkeypatch, tmp_path):
         def broken(x, *, backend):
             raise RuntimeError("the kernel fell over\nand more lines")
@@ -448,6 +454,35 @@ class TestMnist:
             ("unavailable", "Triton is not installed")
         ] * 2
         assert notes == []
+
+    @pytest.mark.parametrize("profile", ["quick", "full"])
+    def test_minutes_bound_the_training(self, run, monkeypatch, tmp_path, profile):
+        limits = []
+
+        def mnist(settings, progress, limit_s):
+            limits.append(limit_s)
+            return {"data": "MNIST", "failed": False, "shares": [], "curves": []}, [], []
+
+        monkeypatch.setattr(sys.modules["mnist_suite"], "run", mnist)
+        arguments = ["--device", "cpu", "--suite", "mnist", "--profile", profile]
+        arguments += ["--out", str(tmp_path)]
+        for more in ([], ["--minutes", "2"]):
+            assert run.main([*arguments, *more], effort=TINY, alone=False) == 0
+        assert limits[0] is None if profile == "full" else 180 < limits[0] < 225
+        assert 100 < limits[1] < 120
+
+    def test_other_data_names_the_folder_on_the_terminal_alone(
+        self, run, monkeypatch, tmp_path, capsys
+    ):
+        def mnist(settings, progress, limit_s):
+            return {"data": "digits", "failed": False, "shares": [], "curves": []}, [], ["Using digits."]
+
+        monkeypatch.setattr(sys.modules["mnist_suite"], "run", mnist)
+        monkeypatch.setenv("PYEXT_DATA", "/some/folder")
+        arguments = ["--device", "cpu", "--suite", "mnist", "--out", str(tmp_path)]
+        assert run.main(arguments, effort=TINY, alone=False) == 0
+        assert "The data folder is /some/folder." in capsys.readouterr().out
+        assert "/some/folder" not in (tmp_path / "results.json").read_text()
 
     @pytest.mark.parametrize("death", [None, isolated.ProcessDied("was ended by SIGSEGV")])
     def test_an_interpreter_that_ends_early_is_a_row_and_a_note(self, section, death):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import gc
+import io
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch.profiler import profile
 
 from pyext import registry
@@ -346,3 +348,28 @@ def test_a_markdown_cell_above_its_floor_is_marked():
     assert report._markdown_cell(row, False) == "1.00 ms, 120 % of floor (in the caches?)"
     row["pct_of_floor"] = 99.0
     assert report._markdown_cell(row, False) == "1.00 ms, 99 % of floor"
+
+
+def test_a_peer_has_its_share_of_the_floor_too():
+    row = {"kind": "peer", "verdict": "faster", "median_s": 1e-3, "pct_of_floor": 50.0}
+    row |= {"ratio_vs_eager": 2.0, "ratio_ci": [1.9, 2.1]}
+    cell = report._markdown_cell(row, False)
+    assert cell == "1.00 ms, **2.00×** (1.90 – 2.10), 50 % of floor"
+
+
+def test_the_last_table_has_times_and_intervals_where_there_is_room():
+    row = dict.fromkeys(results.COLUMNS) | {"op": "relu", "direction": "both", "shape": [64]}
+    row |= {"suite": "relu", "dtype": "float32", "outputs": "allocated", "clock": "host"}
+    row |= {"status": "ok", "median_s": 1e-3, "pct_of_floor": 50.0, "above_ceiling": False}
+    eager = row | {"variant": "eager", "verdict": "baseline", "ratio_vs_eager": 1.0}
+    other = row | {"variant": "jax", "verdict": "faster", "ratio_vs_eager": 2.0}
+    other["ratio_ci"] = [1.9, 2.1]
+    environment = {"device": "a CPU", "threads": 1, "versions": {"torch": "2"}}
+    data = {"rows": [eager, other], "mnist": None, "notes": [], "environment": environment}
+    last = []
+    for width in (150, 30):
+        console = Console(width=width, file=io.StringIO())
+        report.show(data, console)
+        last.append(console.file.getvalue().split("At a glance")[1])
+    assert "2.00× 1.90–2.10" in last[0] and "1.00 ms [50 %]" in last[0]
+    assert "2.00×" in last[1] and "1.90" not in last[1]
