@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 
 from pyext.backends import BACKENDS
 from pyext.lab import environment, isolated
-from pyext.lab.bench import Progress, Section, Settings, interpreter_missing
+from pyext.lab.bench import OUT_OF_TIME, Progress, Section, Settings, interpreter_missing
 from pyext.lab.results import COLUMNS
 from pyext.workloads import compare, data
 
@@ -24,8 +25,8 @@ SUITE = "mnist"
 # A step takes about a second in Triton's interpreter: one is enough to see that every swapped op
 # runs in its place; the ops' own rows check them in depth.
 _INTERPRETED_STEPS = {"quick": 1, "full": 20}
-# They take about 8 s in the quick profile, on an idle machine; with a limit of time, this at most.
-_INTERPRETED_S, _MOST_INTERPRETED_S = 8.0, 30.0
+# They take about 8 s in the quick profile, on an idle machine.
+_INTERPRETED_S, _LEAST_INTERPRETED_S = 8.0, 30.0
 _INTERPRETED_CHECKS = (compare.check_relu_bitwise, compare.check_float64)
 
 
@@ -62,8 +63,9 @@ def run(settings: Settings, progress: Progress, limit_s: float | None = None) ->
             ]
         else:
             names.append(name)
+    begin, training_s = time.monotonic(), limit_s
     if limit_s is not None and interpreted:
-        limit_s -= _INTERPRETED_S
+        training_s = limit_s - _INTERPRETED_S
     hyper = dataclasses.replace(compare.DEFAULTS, seed=settings.seed + 1)
     found = compare.run(
         images,
@@ -71,16 +73,17 @@ def run(settings: Settings, progress: Progress, limit_s: float | None = None) ->
         device=device,
         profile=compare.PROFILES[settings.profile],
         hyper=hyper,
-        limit_s=limit_s,
+        limit_s=training_s,
         progress=progress,
     )
     section = _section(found, hyper)
     notes += _cut_short(found)
     if interpreted:
         progress("triton in its interpreter", 0.97)
-        parity, death = _interpreted_parity(settings, limit_s is not None)
+        left_s = None if limit_s is None else begin + limit_s - time.monotonic()
+        parity, death = _interpreted_parity(settings, left_s)
         section["parity"] += parity
-        status, reason = "skipped", "the time was used up"
+        status, reason = "skipped", OUT_OF_TIME
         if death:
             status, reason = "error", f"in its interpreter's process, which {death}"
         for each in compare.WORKLOADS:
@@ -100,7 +103,7 @@ def _cut_short(found: compare.Comparison) -> Iterator[str]:
     for curve in found.curves:
         if curve.cut_short and curve.backend == "eager":
             epochs = curve.tests[-1].epoch
-            yield f"{curve.workload}: the time was used up after {epochs:.2g} epochs of training."
+            yield f"{curve.workload}: cut short after {epochs:.2g} epochs: {OUT_OF_TIME}."
 
 
 def is_substitute(section: dict[str, Any] | None) -> bool:
@@ -211,15 +214,18 @@ def _row(
 
 
 def _interpreted_parity(
-    settings: Settings, limited: bool
+    settings: Settings, left_s: float | None
 ) -> tuple[list[dict[str, Any]], isolated.ProcessDied | None]:
-    """The parity checks of Triton's kernels, in a process that interprets them, and its death."""
-    request = {"profile": settings.profile, "threads": torch.get_num_threads()}
+    """The parity checks of Triton's kernels, in a process that interprets them, and its death. With
+    little time left they get half a minute all the same."""
+    brief = settings.profile == "quick" or left_s is not None
+    request = {"steps": _INTERPRETED_STEPS["quick" if brief else "full"]}
+    request["threads"] = torch.get_num_threads()
     command = [sys.executable, str(Path(__file__).resolve())]
     variables = {"TRITON_INTERPRET": "1"}
     found: list[dict[str, Any]] = []
     try:
-        limit_s = _MOST_INTERPRETED_S if limited else None
+        limit_s = max(left_s or 0.0, _LEAST_INTERPRETED_S) if brief else None
         for answer in isolated.stream(request, variables, limit_s, command):
             found.append(answer)
     except isolated.ProcessDied as death:
@@ -232,7 +238,7 @@ def _child() -> None:
     torch.set_num_threads(request["threads"])
     environment.use_full_precision()
     images, _ = data.load_or_digits("mnist")
-    steps = _INTERPRETED_STEPS[request["profile"]]
+    steps = request["steps"]
     for workload in compare.WORKLOADS:
         for check in _INTERPRETED_CHECKS:
             found = check(

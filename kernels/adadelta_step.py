@@ -59,6 +59,7 @@ def _step(
     offsets,
     inside,
 ):
+    """The step of the elements at ``offsets``, computed in the type that sums are kept in."""
     dtype: tl.constexpr = param.dtype.element_ty
     p = widen(tl.load(param + offsets, mask=inside))
     g = widen(tl.load(grad + offsets, mask=inside))

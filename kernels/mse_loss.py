@@ -45,10 +45,10 @@ def _squared_error_kernel(input, target, loss, n, BLOCK: tl.constexpr):
             _squared_error(input, target, loss, offsets, offsets < n)
 
 
-def _tail_spill_bytes(specialised):
+def _masked_spill_bytes(specialised):
     """A size that 16 does not divide splits the masked accesses into single elements. Each then
     takes a register, 32 of an operand for 16-bit types, and ptxas may rather keep some of them in
-    local memory than run fewer programs at a time. In the machine code, only the masked tail
+    local memory than run fewer programs at a time. In the machine code, only the masked step
     stores and loads them, once per program: 64 bytes a thread, against 8 KiB of each operand.
     """
     split = not specialised.aligned("n")
@@ -57,7 +57,7 @@ def _tail_spill_bytes(specialised):
 
 def _partial_sums_limits(specialised):
     elementwise = elementwise_limits(
-        specialised, ["input", "target"], "partials", _tail_spill_bytes(specialised)
+        specialised, ["input", "target"], "partials", _masked_spill_bytes(specialised)
     )
     return elementwise._replace(
         store_bytes=specialised.itemsize("partials"),

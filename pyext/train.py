@@ -34,7 +34,8 @@ from pyext.workloads.engine import HyperParameters, TestResult, Training
 
 OK, FAILED, WRONG_USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130
 DEFAULTS = HyperParameters()
-_OTHER_DATA = "(Or name the folder with --data-dir, or train on scikit-learn's: --dataset digits.)"
+_OTHER_DATA = "(Or name the folder with --data-dir{}.)"
+_DIGITS = ", or train on scikit-learn's digits: --dataset digits"
 
 
 class _Missing(RuntimeError):
@@ -56,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.print(str(error), markup=False)
         return MISSING
     except datasets.DataError as error:
-        errors.print(f"{error} {_OTHER_DATA}", markup=False)
+        other = _OTHER_DATA.format("" if options.recipe == "fast" else _DIGITS)
+        errors.print(f"{error} {other}", markup=False)
         return MISSING
     except engine.CheckpointError as error:
         parser.error(f"--resume: {error}")

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from pyext import doctor, registry
 from pyext.backends import BACKENDS
+from pyext.lab import isolated
 from pyext.lab.__main__ import main
 from pyext.lab.compile_report import command, machine_code, triton_rows
 from pyext.lab.compile_report.cuda_rows import CudaLibrary, Unavailable, split_signature
@@ -200,6 +201,21 @@ def test_triton_kernels_keep_their_limits(architecture, dtype, empty_cache):
 def test_triton_kernels_keep_their_limits_for_every_sample(dtype, empty_cache):
     """Strided, unaligned, odd and empty operands, and every combination of epilogues."""
     check_triton(list(triton_rows.rows("sm_90", (dtype,), "samples", empty_cache)))
+
+
+@pytest.mark.parametrize("answers", [[], [{"done": True}]])
+def test_a_compiling_process_that_dies_says_how_unless_it_was_done(monkeypatch, answers):
+    def stream(*args, **kwargs):
+        yield from answers
+        raise isolated.ProcessDied("was ended by SIGKILL")
+
+    monkeypatch.setattr(isolated, "stream", stream)
+    rows = triton_rows.rows("sm_90", ("float32",), "smallest")
+    if answers:
+        assert list(rows) == []
+    else:
+        with pytest.raises(RuntimeError, match="sm_90: the compiling process was ended by SIGKILL"):
+            list(rows)
 
 
 # What a row says

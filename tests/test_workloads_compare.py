@@ -201,8 +201,12 @@ def test_side_by_side_is_cut_short_when_the_time_is_used_up(loaded):
     assert curve.cut_short
     assert curve.tests[-1].step == len(curve.losses)  # tested where it ends
     assert not train(epochs=2, limit_s=60.0).cut_short
+    # All of what was asked for, though just in time, is not cut short.
+    assert not train(epochs=1, limit_s=0.0).cut_short
     # Long enough to be timed, however little time there is.
-    assert train(epochs=10**6, limit_s=0.0).tests[-1].step >= compare.MIN_BLOCKS
+    trainings = {"eager": compare.WORKLOADS["mnist_mlp"].prepare(HYPER, loaded)}
+    (speed,), _ = compare.train_side_by_side(trainings, epochs=10**6, limit_s=0.0)
+    assert len(speed.block_s) == compare.MIN_BLOCKS
 
 
 # --- the share, and everything together ----------------------------------------------------------

@@ -21,7 +21,7 @@ from pyext.backends import BACKENDS, backends
 from pyext.lab import environment, host_path, isolated, measure, roofline
 from pyext.lab.cases import ALLOCATED, PREALLOCATED, Case, Inputs, cases
 from pyext.lab.measure import Effort, Samples
-from pyext.lab.peers import PEERS, Peers, why_unavailable
+from pyext.lab.peers import PEERS, Peers, kind_of, why_unavailable
 from pyext.lab.results import FAILURES, Results, fill_floor, fill_times, new_row
 from pyext.lab.timing import FULL, QUICK, Outcome, time_case, verified
 
@@ -33,8 +33,8 @@ _MNIST_S, _REPORT_S = 36.0, 7.0
 _ALONE_S = 12.0
 # Triton's interpreter runs a thousand times slower: enough elements for several blocks and a tail.
 _INTERPRETED_ELEMENTS, _INTERPRETED_EXTENT = 3000, 40
-_APART = "in a process of its own"
-_OUT_OF_TIME = "the time was used up; --profile full without --minutes leaves nothing out"
+OUT_OF_TIME = "the time was used up; --profile full without --minutes leaves nothing out"
+"""Why a row was skipped."""
 
 
 @dataclass(frozen=True)
@@ -245,10 +245,7 @@ class Benchmark:
         """Rows for the cases that there is no time for."""
         for case in left:
             names, prevented = self._variants(case, compile_in_time=False)
-            skipped = [
-                Outcome(name, "peer" if name in PEERS else "backend", "skipped", _OUT_OF_TIME)
-                for name in names
-            ]
+            skipped = [Outcome(name, kind_of(name), "skipped", OUT_OF_TIME) for name in names]
             self._timed[case] = skipped + prevented
         self._write_rows(*left)
         self._note_short_of_time(f"{len(left)} cases of ops were not timed")
@@ -285,7 +282,7 @@ class Benchmark:
             self._write_rows(case)
         unchecked = [case for case in small if case not in self._timed]
         for case in unchecked:
-            self._timed[case] = [Outcome("triton", "backend", "skipped", _OUT_OF_TIME)]
+            self._timed[case] = [Outcome("triton", "backend", "skipped", OUT_OF_TIME)]
         self._write_rows(*unchecked)
 
     def _take_small_calls_apart(self, progress: Progress) -> None:
@@ -351,8 +348,15 @@ class Benchmark:
                 for outcome in outcomes:
                     if outcome.status not in FAILURES:
                         self._add_alone(case, outcome)
-                    elif outcome.name == name:  # (eager beside it may have died of it)
-                        self._replace_outcome(case, outcome)
+                    else:  # right among the others, but not apart from them
+                        self._timed[case] = [
+                            outcome if each.name == outcome.name else each
+                            for each in self._timed[case]
+                        ]
+                    if outcome.status == "unavailable":
+                        self.results.data["notes"].append(
+                            f"{name} could not be timed alone in {case.label}: {outcome.reason}."
+                        )
                 self._write_rows(case)
             if count < len(right):
                 self._note_short_of_time(f"{name} was timed alone in {count} of {len(right)} cases")
@@ -367,16 +371,10 @@ class Benchmark:
                 if before is None or samples.median < before.median:
                     kept[clock] = samples
 
-    def _replace_outcome(self, case: Case, failed: Outcome) -> None:
-        """What was right among the others and fails apart from them has failed."""
-        if not (failed.reason or "").startswith(_APART):
-            failed.reason = f"{_APART}: {failed.reason}"
-        outcomes = self._timed[case]
-        self._timed[case] = [failed if each.name == failed.name else each for each in outcomes]
-
     def _train_mnist(self, progress: Progress) -> None:
+        # What a profile trains without --minutes is short enough by itself.
         limit_s = None
-        if self.settings.limit_s is not None:
+        if self.settings.limit_s != PROFILES[self.settings.profile].limit_s:
             limit_s = max(self._time_left() - _REPORT_S, 0.0)
         section, self._mnist_rows, notes = self._mnist(self.settings, progress, limit_s)
         self.results.data["mnist"] = section
@@ -453,7 +451,7 @@ class Benchmark:
                 names.append(name)
         for name in self.settings.peers:
             if name in COMPILED and not compile_in_time:
-                prevented.append(Outcome(name, "peer", "skipped", _OUT_OF_TIME))
+                prevented.append(Outcome(name, "peer", "skipped", OUT_OF_TIME))
             else:
                 names.append(name)
         return names, prevented
@@ -483,9 +481,7 @@ class Benchmark:
         return _REPORT_S + (_MNIST_S if MNIST in self.settings.suites else 0.0)
 
     def _note_short_of_time(self, what: str) -> None:
-        self.results.data["notes"].append(
-            f"The time was used up: {what}; --profile full without --minutes leaves nothing out."
-        )
+        self.results.data["notes"].append(f"{what}: {OUT_OF_TIME}.")
 
 
 def _interpretable(shape: Sequence[int]) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -25,12 +26,18 @@ from pyext import registry
 from pyext.lab import environment, measure
 from pyext.lab.cases import ALLOCATED, PREALLOCATED, Case, Inputs, backend_variant
 from pyext.lab.measure import Effort
-from pyext.lab.peers import PEERS, Peers
-from pyext.lab.timing import Outcome, time_case
+from pyext.lab.peers import Peers
+from pyext.lab.results import FAILURES
+from pyext.lab.timing import Outcome, failed, time_case
 
 
 class ProcessDied(RuntimeError):
-    """A child ended before it had answered everything, and not for lack of time; says how."""
+    """A child ended otherwise than it should, and not for lack of time. Says how, as the rest of a
+    sentence about the process."""
+
+
+_APART = "in a process of its own"
+_MOST_DEATHS = 3  # in a row: what cannot even start is not tried for each of a hundred cases
 
 
 def time_apart(
@@ -49,30 +56,44 @@ def time_apart(
         limit_s: after so many seconds the process is stopped; finished cases have come by then.
 
     Yields:
-        Each case with its outcomes; ``error`` for all of a case in which the process died, after
-        which another one goes on.
+        Each case with its outcomes. Where the process dies, each of the case's variants is tried
+        once more, by itself, and those that die again have failed; another process goes on.
     """
     begin = time.monotonic()
+
+    def left() -> float | None:
+        return None if limit_s is None else limit_s - (time.monotonic() - begin)
+
     for outputs, variables in ((ALLOCATED, {}), (PREALLOCATED, measure.RECYCLED_MEMORY)):
         group = [job for job in jobs if job[0].outputs == outputs]
 
-        def request(done: int, group=group) -> dict[str, Any]:
+        def request(jobs: Sequence[tuple[Case, Sequence[str]]]) -> dict[str, Any]:
             return {
                 "task": "time",
-                "cases": [case.to_json() for case, _ in group[done:]],
-                "variants": [list(names) for _, names in group[done:]],
+                "cases": [case.to_json() for case, _ in jobs],
+                "variants": [list(names) for _, names in jobs],
                 "effort": asdict(effort),
                 "seed": seed,
             }
 
-        left = None if limit_s is None else limit_s - (time.monotonic() - begin)
-        answers = _answers(request, len(group), variables, left)
-        for (case, names), answer in zip(group, answers, strict=False):
-            if isinstance(answer, ProcessDied):
-                reason = f"in a process of its own, which {answer}"
-                yield case, [Outcome(name, _kind(name), "error", reason) for name in names]
+        for (case, names), answer in _answers(group, request, variables, left):
+            if not isinstance(answer, ProcessDied):
+                outcomes = [Outcome.from_json(each) for each in answer]
+            elif len(names) == 1:
+                outcomes = [failed(names[0], f"{_APART}, which {answer}")]
             else:
-                yield case, [Outcome.from_json(each) for each in answer]
+                outcomes = []
+                for (_, (name,)), one in _answers(
+                    [(case, [name]) for name in names], request, variables, left
+                ):
+                    if isinstance(one, ProcessDied):
+                        outcomes.append(failed(name, f"{_APART}, which {one}"))
+                    else:  # (nothing, for one that does not exist in this direction)
+                        outcomes += [Outcome.from_json(each) for each in one]
+            for outcome in outcomes:
+                if outcome.status in FAILURES and not outcome.reason.startswith(_APART):
+                    outcome.reason = f"{_APART}: {outcome.reason}"
+            yield case, outcomes
 
 
 def check_interpreted(
@@ -90,41 +111,52 @@ def check_interpreted(
         process died, after which another one goes on.
     """
 
-    def request(done: int) -> dict[str, Any]:
-        return {"task": "check", "cases": [case.to_json() for case in cases[done:]], "seed": seed}
+    begin = time.monotonic()
 
-    answers = _answers(request, len(cases), {"TRITON_INTERPRET": "1"}, limit_s)
-    for case, answer in zip(cases, answers, strict=False):
+    def request(cases: Sequence[Case]) -> dict[str, Any]:
+        return {"task": "check", "cases": [case.to_json() for case in cases], "seed": seed}
+
+    def left() -> float | None:
+        return None if limit_s is None else limit_s - (time.monotonic() - begin)
+
+    for case, answer in _answers(cases, request, {"TRITON_INTERPRET": "1"}, left):
         if isinstance(answer, ProcessDied):
-            answer = {"status": "error", "reason": f"in its interpreter's process, which {answer}"}
-        yield case, Outcome("triton", "backend", **answer)
+            yield case, failed("triton", f"in its interpreter's process, which {answer}")
+        else:
+            yield case, Outcome("triton", "backend", **answer)
 
 
 def _answers(
-    request: Callable[[int], dict[str, Any]],
-    count: int,
+    jobs: Sequence[Any],
+    request: Callable[[Sequence[Any]], dict[str, Any]],
     variables: Mapping[str, str],
-    limit_s: float | None,
-) -> Iterator[Any]:
-    """The answers to ``request(0)``, one for each of ``count`` cases. A process that dies has its
-    death for an answer to the case it was at; then one with ``request(how many are done)`` starts.
-    Fewer when the time is up."""
-    begin, done = time.monotonic(), 0
-    while done < count:
-        left = None if limit_s is None else limit_s - (time.monotonic() - begin)
-        asked = request(done) | {"threads": torch.get_num_threads()}
+    left: Callable[[], float | None],
+) -> Iterator[tuple[Any, Any]]:
+    """Each job with the answer to it, or with the death of the process that was at it.
+
+    Args:
+        jobs: what to ask for.
+        request: makes the request for some of them; after a death another process gets the rest.
+        variables: additions to the processes' environment.
+        left: how many seconds there are; when they are up, the rest of the jobs is left out.
+    """
+    todo, deaths = list(jobs), 0
+    while todo:
+        asked = request(todo) | {"threads": torch.get_num_threads()}
         try:
-            for answer in stream(asked, variables, left):
-                done += 1
-                yield answer
+            for answer in stream(asked, variables, left()):
+                deaths = 0
+                yield todo.pop(0), answer
+            if todo and (left() is None or left() > 0):
+                raise ProcessDied("ended before it had answered")
             return
         except ProcessDied as death:
-            done += 1
-            yield death
-
-
-def _kind(name: str) -> str:
-    return "peer" if name in PEERS else "backend"
+            deaths += 1
+            yield todo.pop(0), death
+            if deaths == _MOST_DEATHS:
+                for job in todo:
+                    yield job, death
+                return
 
 
 def stream(
@@ -142,7 +174,8 @@ def stream(
         command: starts it.
 
     Raises:
-        ProcessDied: it ended with a signal or an exit code, and not because of ``limit_s``.
+        ProcessDied: it ended with a signal or an exit code other than 0, and not because of
+            ``limit_s``.
     """
     errors = tempfile.TemporaryFile()
     child = subprocess.Popen(
@@ -166,8 +199,8 @@ def stream(
         timer.start()
     try:
         with contextlib.suppress(BrokenPipeError):  # it died at once: the exit code tells
-            child.stdin.write(json.dumps(request))
-            child.stdin.close()
+            with child.stdin:
+                child.stdin.write(json.dumps(request))
         for line in child.stdout:
             if line.endswith("\n"):  # else it died, or was stopped, while writing
                 yield json.loads(line)
@@ -193,7 +226,10 @@ def _death(returncode: int, errors: BinaryIO) -> str:
     errors.seek(max(end - 4096, 0))
     words = errors.read().decode(errors="replace").split("\n")
     last = next((line.strip() for line in reversed(words) if line.strip()), "")
-    return f"{text}: {last[:200]}" if last else text
+    if not last or returncode == -signal.SIGKILL:  # somebody else's doing, it knew nothing of it
+        return text
+    # It may stand in a result file, which names nobody's folders.
+    return f"{text}: {last[:200].replace(str(Path.home()), '~')}"
 
 
 def receive() -> tuple[dict[str, Any], Callable[[str], None]]:

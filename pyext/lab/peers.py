@@ -356,3 +356,8 @@ _MAKERS: dict[str, Callable[[Peers, Inputs, Case], Variant | None]] = {
 }
 PEERS = tuple(_MAKERS)
 """The names of all peers."""
+
+
+def kind_of(name: str) -> str:
+    """``peer`` or ``backend``, by a variant's name."""
+    return "peer" if name in PEERS else "backend"

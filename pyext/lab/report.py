@@ -173,8 +173,10 @@ def _cells(row: Row, several_clocks: bool) -> list[RenderableType]:
         return [name, "–", "–", "", "", Text(_remark(row), style=style)]
     style = _STYLES.get(row["verdict"], "")
     pct = "" if row["pct_of_floor"] is None else f"{row['pct_of_floor']:.0f} %"
-    ratio = "1" if row["verdict"] == "baseline" else _ratio(row["ratio_vs_eager"])
-    interval = "" if row["verdict"] == "baseline" else _interval(row["ratio_ci"])
+    ratio, interval = "1", ""
+    if row["verdict"] != "baseline":  # without eager's time there is no ratio
+        ratio = "–" if row["ratio_vs_eager"] is None else _ratio(row["ratio_vs_eager"])
+        interval = _interval(row["ratio_ci"])
     return [
         name,
         seconds(row["median_s"]),
@@ -273,7 +275,7 @@ def _glance_cell(row: Row | None, checked: bool, detailed: bool) -> Text:
     if detailed:
         low, high = map(_three_digits, row["ratio_ci"])
         cell.append(f" {low}–{high}\n")
-        cell.append(f"{seconds(row['median_s'])} {_floor(row)}", style="not dim white")
+        cell.append(f"{seconds(row['median_s'])} {_floor(row)}", style="not dim default")
     return cell
 
 
@@ -291,7 +293,7 @@ def _caption(data: dict[str, Any], rows: list[Row], detailed: bool) -> str:
         "≈: the interval contains 1, no difference."
     )
     if detailed:
-        text += " Ratio, its 95 % interval, time, [% of floor; above 100 %: in the caches]."
+        text += " Ratio, its 95 % interval, time, [% of floor; above 100 %: in the caches?]."
     if any(row["outputs"] != "allocated" for row in rows):
         text += " *: outputs preallocated, for all alike."
     if any(row["status"] == "interpreted" for row in rows):
@@ -440,7 +442,7 @@ def _markdown_cell(row: Row | None, checked: bool) -> str:
     floor = f", {row['pct_of_floor']:.0f} % of floor"
     if row["pct_of_floor"] > 100:
         floor += " (in the caches?)"
-    if row["verdict"] == "baseline":
+    if row["verdict"] == "baseline" or row["ratio_vs_eager"] is None:
         return f"{seconds(row['median_s'])}{floor}"
     if row["verdict"] == "no difference":
         ratio = f"no difference ({_interval(row['ratio_ci'])})"

@@ -11,7 +11,7 @@ import torch
 from pyext.lab import measure
 from pyext.lab.cases import Case, Inputs, Variant, backend_variant
 from pyext.lab.measure import Effort, Samples
-from pyext.lab.peers import PEERS, Peers, Unavailable
+from pyext.lab.peers import Peers, Unavailable, kind_of
 
 QUICK = Effort(warmup_s=0.03, measure_s=0.12)
 FULL = Effort(warmup_s=0.2, measure_s=0.6, blocks=20)
@@ -49,7 +49,7 @@ class Outcome:
 
 def build(name: str, inputs: Inputs, case: Case, peers: Peers) -> Variant | Outcome | None:
     """The variant called ``name``, or what prevents it; None where it does not exist by nature."""
-    kind = "peer" if name in PEERS else "backend"
+    kind = kind_of(name)
     try:
         if kind == "peer":
             return peers.variant(name, inputs, case)
@@ -57,7 +57,7 @@ def build(name: str, inputs: Inputs, case: Case, peers: Peers) -> Variant | Outc
     except Unavailable as error:
         return Outcome(name, kind, "unavailable", str(error))
     except Exception as error:  # noqa: BLE001 -- whatever it is, the others' rows matter
-        return _failed(name, kind, error)
+        return failed(name, error)
 
 
 def verified(backend: str, inputs: Inputs, case: Case) -> Outcome:
@@ -107,15 +107,19 @@ def _verified(variant: Variant, inputs: Inputs) -> Outcome:
     try:
         result = variant.verify(inputs)
     except Exception as error:  # noqa: BLE001 -- a variant that raises is one failed row
-        return _failed(variant.name, variant.kind, error)
+        return failed(variant.name, error)
     outcome.rel_err = result.rel_err
     if not result.ok:
         outcome.status, outcome.reason = "wrong", result.detail
     return outcome
 
 
-def _failed(name: str, kind: str, error: Exception) -> Outcome:
-    """A backend that raises has failed its check; a peer that does is merely not to be had."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+def failed(name: str, error: Exception | str) -> Outcome:
+    """A backend that raises, or whose process dies, has failed its check; a peer is then merely not
+    to be had."""
+    reason = error
+    if isinstance(error, Exception):
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    kind = kind_of(name)
     return Outcome(name, kind, "error" if kind == "backend" else "unavailable", reason[:300])

@@ -248,9 +248,14 @@ def run(
             for backend in timed
         }
         training_s = None
-        if limit_s is not None:  # this network's share of what is left, less the checks after it
-            left_s = begin + limit_s - time.monotonic()
-            training_s = max((left_s - checks_s) / (len(WORKLOADS) - index) - checks_s, 0.0)
+        if limit_s is not None:
+            # Of what the checks leave: two rounds for each network, of which this one's first is
+            # over. It is divided as the quick profile's seconds are.
+            rounds = 2 * (len(WORKLOADS) - index) - 1
+            left_s = begin + limit_s - time.monotonic() - rounds * checks_s
+            wanted = PROFILES["quick"].seconds
+            rest = sum(wanted[each] for each in list(WORKLOADS)[index:])
+            training_s = max(left_s * wanted[name] / rest, 0.0)
         new_speed, new_curves = train_side_by_side(
             trainings,
             seconds=profile.seconds[name] if profile.seconds else None,
@@ -414,7 +419,8 @@ def check_curve(
         distance,
         CURVE_FACTOR * noise,
         distance <= CURVE_FACTOR * noise,
-        f"{distance:.1e} from eager; re-ordered eager runs are {noise:.1e} apart",
+        f"{distance:.1e} from eager; re-ordered eager runs are {noise:.1e} apart"
+        f" (seed {seed} of {CURVE_SEEDS})",
     )
 
 
@@ -443,7 +449,7 @@ def train_side_by_side(
     steps_in_all = epochs * first.steps_per_epoch
     losses: dict[str, list[Tensor]] = {name: [] for name in trainings}
     tests: dict[str, list[TestPoint]] = {name: [] for name in trainings}
-    test_s, cut_short = 0.0, False
+    test_s, cut_short = None, False
     blocks: dict[str, list[float]] = {name: [] for name in trainings}
 
     def train(name: str, steps: int) -> float:
@@ -472,6 +478,13 @@ def train_side_by_side(
     while first.steps_done < steps_in_all and (
         seconds is None or trained_s < seconds or len(blocks["eager"]) < MIN_BLOCKS
     ):
+        if limit_s is not None and len(blocks["eager"]) >= MIN_BLOCKS:
+            # Until a test has shown how long it takes: one forward is about a third of a step.
+            steps = len(first.data.test_images) / first.hyper.batch_size
+            expected_s = sum(times[-1] for times in blocks.values()) * steps / 3
+            cut_short = time.monotonic() - begin > limit_s - (test_s or expected_s)
+            if cut_short:
+                break
         steps = min(block_steps, first.steps_per_epoch - first.step_in_epoch)
         for offset in range(len(names)):
             # Rotating who goes first spreads whatever a predecessor leaves in caches and clocks.
@@ -485,11 +498,6 @@ def train_side_by_side(
             test()
             reached = all(points[-1].accuracy >= target_accuracy for points in tests.values())
             if seconds is None and reached:
-                break
-        if limit_s is not None and len(blocks["eager"]) >= MIN_BLOCKS:
-            # (How long a test takes is known after the first; before it, a tenth is kept for it.)
-            cut_short = time.monotonic() - begin > limit_s - max(test_s, 0.1 * limit_s)
-            if cut_short:
                 break
         done = first.steps_done / steps_in_all if seconds is None else trained_s / seconds
         progress(f"training {', '.join(names)} side by side", min(done, 1.0))

@@ -59,14 +59,19 @@ def rows(
     if cache is not None:
         variables["TRITON_CACHE_DIR"] = str(cache)
     done = False
-    for answer in isolated.stream(request, variables, command=(sys.executable, "-m", __name__)):
-        if "error" in answer:
-            raise RuntimeError(f"Triton, {architecture}: {answer['error']}")
-        done = answer == {"done": True}
-        if not done:
-            yield Row(**answer)
+    death: object = "ended early"
+    try:
+        command = (sys.executable, "-m", __name__)
+        for answer in isolated.stream(request, variables, command=command):
+            if "error" in answer:
+                raise RuntimeError(f"Triton, {architecture}: {answer['error']}")
+            done = answer == {"done": True}
+            if not done:
+                yield Row(**answer)
+    except isolated.ProcessDied as error:
+        death = error
     if not done:
-        raise RuntimeError(f"Triton, {architecture}: the compiling process ended early")
+        raise RuntimeError(f"Triton, {architecture}: the compiling process {death}")
 
 
 def _shapes(op: registry.Op) -> list[tuple[int, ...]]:
