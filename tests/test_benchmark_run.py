@@ -20,7 +20,7 @@ import torch
 from pyext import registry
 from pyext.backends import BACKENDS, backends
 from pyext.lab import __main__ as lab_main
-from pyext.lab import isolated, measure, results
+from pyext.lab import isolated, measure, report, results
 from pyext.lab.bench import default_backends
 from pyext.lab.cases import PREALLOCATED, Case
 from pyext.lab.measure import Effort, Samples
@@ -218,6 +218,13 @@ class TestFiles:
         assert out.count("| `relu` | both | 4096 | float32 |") == 1
         assert "forward" not in out.split("Measured")[0]
         assert f"Measured {data['started'][:10]} on {data['environment']['device']}" in out
+
+    def test_plots_do_without_a_row_of_new_memory(self, finished, tmp_path):
+        """Where the time was up before the op's other rows."""
+        _, data, _ = finished
+        rows = [{**row, "outputs": PREALLOCATED} for row in data["rows"]]
+        paths = report.write_plots({**data, "rows": rows}, tmp_path)
+        assert [path.name for path in paths] == ["ratio.png", "roofline.png"]
 
 
 @needs_extension

@@ -46,8 +46,9 @@ def write(data: dict[str, Any], folder: Path, order: Sequence[str]) -> list[Path
     for clock in [each for each in _CLOCKS if any(row["clock"] == each for row in ops)]:
         suffix = f"_{clock}" if data["environment"]["device_type"] == "cuda" else ""
         rows = [row for row in ops if row["clock"] == clock]
-        for op in dict.fromkeys(row["op"] for row in rows):
-            mine = [row for row in rows if row["op"] == op]
+        allocated = [row for row in rows if row["outputs"] == "allocated"]
+        for op in dict.fromkeys(row["op"] for row in allocated):
+            mine = [row for row in allocated if row["op"] == op]
             figures.append((f"time_{op}{suffix}", _time(mine, data, order)))
         figures.append((f"ratio{suffix}", _ratio(rows, data, order)))
         figures.append((f"roofline{suffix}", _roofline(rows, data, order)))
@@ -104,7 +105,6 @@ def _finish(
 
 
 def _time(rows: list[Row], data: dict[str, Any], order: Sequence[str]) -> Figure:
-    rows = [row for row in rows if row["outputs"] == "allocated"]
     directions = [each for each in _DIRECTIONS if any(row["direction"] == each for row in rows)]
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     figure, axes = plt.subplots(
