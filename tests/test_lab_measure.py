@@ -373,3 +373,18 @@ def test_the_last_table_has_times_and_intervals_where_there_is_room():
         last.append(console.file.getvalue().split("At a glance")[1])
     assert "2.00× 1.90–2.10" in last[0] and "1.00 ms [50 %]" in last[0]
     assert "2.00×" in last[1] and "1.90" not in last[1]
+
+
+def test_a_gain_beyond_the_bound_is_explained():
+    row = {"op": "mnist_cnn", "variant": "extension", "status": "ok", "ratio_ci": [1.6, 1.7]}
+    speed = [
+        {"workload": "mnist_cnn", "backend": "eager", "page_faults_per_step": 10_000.0},
+        {"workload": "mnist_cnn", "backend": "extension", "page_faults_per_step": 2_000.0},
+    ]
+    section = {"shares": [{"workload": "mnist_cnn", "bound": 1.5}], "speed": speed}
+    sentence = report._gains_beyond(row, section)
+    assert "a step meets 2,000 page faults, eager's 10,000" in sentence
+    assert report._gains_beyond(row | {"ratio_ci": [1.4, 1.7]}, section) is None
+    # A gain that comes from something else must not be put down to memory.
+    speed[1]["page_faults_per_step"] = 10_000.0
+    assert "memory" not in report._gains_beyond(row, section)

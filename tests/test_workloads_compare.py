@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import time
 
+import numpy as np
 import pytest
 import torch
 import workload_data as tiny
@@ -174,6 +175,7 @@ def test_side_by_side_every_variant_trains_as_if_alone(loaded):
         assert speed.p20_s <= speed.median_s <= speed.p80_s
         assert speed.steps_per_s == 1 / speed.median_s
         assert speed.images_per_s == 8 / speed.median_s
+        assert speed.page_faults_per_step >= 0
         assert speed.ratio_ci[0] <= speed.ratio_vs_eager <= speed.ratio_ci[1]
     assert speeds[0].ratio_vs_eager == 1.0 and speeds[0].ratio_ci == (1.0, 1.0)
 
@@ -205,8 +207,27 @@ def test_side_by_side_is_cut_short_when_the_time_is_used_up(loaded):
     assert not train(epochs=1, limit_s=0.0).cut_short
     # Long enough to be timed, however little time there is.
     trainings = {"eager": compare.WORKLOADS["mnist_mlp"].prepare(HYPER, loaded)}
-    (speed,), _ = compare.train_side_by_side(trainings, epochs=10**6, limit_s=0.0)
+    (speed,), _ = compare.train_side_by_side(
+        trainings, epochs=10**6, limit_s=0.0, target_accuracy=2.0
+    )
     assert len(speed.block_s) == compare.MIN_BLOCKS
+
+
+def test_page_faults_are_counted_per_step(loaded, monkeypatch):
+    training = compare.WORKLOADS["mnist_mlp"].prepare(HYPER, loaded)
+    step = training.step
+
+    def touching():
+        np.empty(1 << 24, np.uint8).fill(1)  # fresh from the kernel: 4096 pages, or a few huge ones
+        return step()
+
+    def faults(function):
+        monkeypatch.setattr(training, "step", function)
+        (speed,), _ = compare.train_side_by_side({"eager": training}, epochs=10**6, seconds=0.1)
+        return speed.page_faults_per_step
+
+    before = faults(step)
+    assert faults(touching) > before + 7
 
 
 # --- the share, and everything together ----------------------------------------------------------

@@ -322,7 +322,7 @@ def _mnist_tables(data: dict[str, Any]) -> Iterator[Table]:
     table = _small_table(title)
     for column in ("network", "backend"):
         table.add_column(column, no_wrap=True)
-    for column in ("step", "images/s", "vs eager", "95 % interval", "accuracy"):
+    for column in ("step", "images/s", "vs eager", "95 % interval", "page faults", "accuracy"):
         table.add_column(column, justify="right", no_wrap=True)
     rows = [row for row in data["rows"] if row["suite"] == "mnist"]
     for row in rows:
@@ -339,6 +339,7 @@ def _mnist_tables(data: dict[str, Any]) -> Iterator[Table]:
         bound = "–" if share["bound"] is None else f"{_ratio(share['bound'])} faster"
         table.add_row(share["workload"], f"{100 * share['share']:.1f} % ({ops})", bound)
     yield table
+    yield from (Text(line) for row in rows if (line := _gains_beyond(row, section)))
 
 
 def _small_table(title: str) -> Table:
@@ -374,7 +375,7 @@ def _mnist_cells(row: Row, section: dict[str, Any]) -> list[RenderableType]:
     if row["status"] != "ok":
         short = {"interpreted": "checked"}.get(row["status"], row["status"])
         style = "bold red" if row["status"] in _FAILED else "dim"
-        return [*names, Text(short, style=style), *["–"] * 4]
+        return [*names, Text(short, style=style), *["–"] * 5]
     tests = [test for curve in _of(row, section["curves"]) for test in curve["tests"]]
     baseline = row["verdict"] == "baseline"
     style = _STYLES[row["verdict"]]
@@ -384,8 +385,31 @@ def _mnist_cells(row: Row, section: dict[str, Any]) -> list[RenderableType]:
         f"{row['shape'][0] / row['median_s']:,.0f}",
         Text("1" if baseline else _ratio(row["ratio_vs_eager"]), style=style),
         Text("" if baseline else _interval(row["ratio_ci"]), style=style),
+        _page_faults(_of(row, section["speed"])),
         f"{100 * tests[-1]['accuracy']:.2f} %" if tests else "–",
     ]
+
+
+def _page_faults(speed: list[dict[str, Any]]) -> str:
+    """Those of a step; older files do not have them."""
+    faults = speed[0].get("page_faults_per_step") if speed else None
+    return "–" if faults is None else f"{faults:,.0f}"
+
+
+def _gains_beyond(row: Row, section: dict[str, Any]) -> str | None:
+    """A sentence where a network gains more than the swapped ops take of its step."""
+    bound = next((s["bound"] for s in section["shares"] if s["workload"] == row["op"]), None)
+    if row["status"] != "ok" or bound is None or row["ratio_ci"][0] <= bound:
+        return None
+    eager = next(
+        e for e in section["speed"] if (e["workload"], e["backend"]) == (row["op"], "eager")
+    )
+    mine = _of(row, section["speed"])
+    sentence = f"{row['op']}, {row['variant']}: gains more than these ops take; a step meets "
+    sentence += f"{_page_faults(mine)} page faults, eager's {_page_faults([eager])}"
+    if mine[0].get("page_faults_per_step", 0) < eager.get("page_faults_per_step", 0):
+        sentence += ": the other ops find memory that was used before, too"
+    return sentence + "."
 
 
 def _remarks(data: dict[str, Any]) -> Iterator[Text]:
@@ -458,14 +482,15 @@ def _markdown_mnist(data: dict[str, Any]) -> Iterator[str]:
         return
     yield f"Training on {data['mnist']['data']}:"
     yield ""
-    yield _line(["network", "backend", "step", "ratio to eager", "test accuracy"])
-    yield _line(["---"] * 5)
+    head = ["network", "backend", "step", "ratio to eager", "page faults", "test accuracy"]
+    yield _line(head)
+    yield _line(["---"] * len(head))
     for row in rows:
         cells = [str(cell) for cell in _mnist_cells(row, data["mnist"])]
         if row["status"] != "ok":
             cells[5] = ""
         ratio = f"{cells[4]} ({cells[5]})" if cells[5] else cells[4]
-        yield _line([f"`{cells[0]}`", cells[1], cells[2], ratio, cells[6]])
+        yield _line([f"`{cells[0]}`", cells[1], cells[2], ratio, *cells[6:]])
     yield ""
     for share in data["mnist"]["shares"]:
         if share["bound"] is not None:
@@ -474,6 +499,9 @@ def _markdown_mnist(data: dict[str, Any]) -> Iterator[str]:
                 f"eager step: no kernel of theirs could gain more than {_ratio(share['bound'])}."
             )
             yield ""
+    for line in filter(None, (_gains_beyond(row, data["mnist"]) for row in rows)):
+        yield line
+        yield ""
 
 
 def _provenance(data: dict[str, Any]) -> str:

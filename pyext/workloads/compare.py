@@ -9,6 +9,7 @@ and then drop other elements for the same seed.
 from __future__ import annotations
 
 import dataclasses
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -108,6 +109,9 @@ class Speed:
     """eager's time / this one's: above 1 is faster than eager."""
     ratio_ci: tuple[float, float]
     """95 % bootstrap interval of the ratio."""
+    page_faults_per_step: float
+    """Of the process, none of which reads a disk: how often a step touches memory that is fresh
+    from the operating system."""
 
     @property
     def steps_per_s(self) -> float:
@@ -158,7 +162,8 @@ class Share:
 
     @property
     def bound(self) -> float:
-        """Amdahl: how many times faster a step would be if the swapped ops cost nothing."""
+        """Amdahl: how many times faster a step would be if the swapped ops cost nothing and the
+        others the same as before (they may find other memory: see `Speed.page_faults_per_step`)."""
         return 1 / (1 - self.share) if self.share < 1 else float("inf")
 
 
@@ -451,6 +456,7 @@ def train_side_by_side(
     tests: dict[str, list[TestPoint]] = {name: [] for name in trainings}
     test_s, cut_short = None, False
     blocks: dict[str, list[float]] = {name: [] for name in trainings}
+    faults = dict.fromkeys(trainings, 0)
 
     def train(name: str, steps: int) -> float:
         training = trainings[name]
@@ -458,10 +464,13 @@ def train_side_by_side(
             time.sleep(SETTLE_S)
         with training.own_random_numbers():
             _synchronize(training.device)
+            faults_before = _page_faults()
             start = time.perf_counter()
             losses[name] += [training.step() for _ in range(steps)]
             _synchronize(training.device)
-            return time.perf_counter() - start
+            elapsed_s = time.perf_counter() - start
+            faults[name] += _page_faults() - faults_before
+            return elapsed_s
 
     def test() -> None:
         nonlocal test_s
@@ -474,6 +483,8 @@ def train_side_by_side(
         test_s = time.monotonic() - start
 
     block_steps = _warm_up(trainings, train)
+    warm_up_steps = first.steps_done
+    faults = dict.fromkeys(trainings, 0)
     names, trained_s, turn = list(trainings), 0.0, 0
     while first.steps_done < steps_in_all and (
         seconds is None or trained_s < seconds or len(blocks["eager"]) < MIN_BLOCKS
@@ -506,7 +517,14 @@ def train_side_by_side(
         test()
 
     speeds = [
-        _speed(training, name, block_steps, blocks[name], blocks["eager"])
+        _speed(
+            training,
+            name,
+            block_steps,
+            blocks[name],
+            blocks["eager"],
+            faults[name] / max(training.steps_done - warm_up_steps, 1),
+        )
         for name, training in trainings.items()
     ]
     curves = [
@@ -714,6 +732,7 @@ def _speed(
     block_steps: int,
     block_s: Sequence[float],
     eager_block_s: Sequence[float],
+    page_faults_per_step: float,
 ) -> Speed:
     # One sample per block: a bootstrap over whole turns keeps neighbours together, so that what
     # slowed both cancels in the ratio.
@@ -734,7 +753,12 @@ def _speed(
         samples.quantile(0.8),
         ratio.value,
         (ratio.low, ratio.high),
+        page_faults_per_step,
     )
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _to_list(losses: list[Tensor]) -> list[float]:
