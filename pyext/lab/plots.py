@@ -270,17 +270,21 @@ def _roofline(rows: list[Row], data: dict[str, Any], order: Sequence[str]) -> Fi
         fontsize=8,
         ha="right",
     )
-    for label, rate in roofs:
+    above = math.inf
+    for label, rate in sorted(roofs, key=lambda roof: -roof[1]):
         axis.plot([rate / bandwidth, high], [rate, rate], color="#444444", linewidth=1.4)
         text = f"{label} {_si(rate)}FLOP/s"
+        beneath = above / rate < 1.5  # so near to the roof above it that the labels would overlap
         axis.annotate(
             text,
             (high, rate),
-            xytext=(-4, 4),
+            xytext=(-4, -4 if beneath else 4),
             textcoords="offset points",
             fontsize=8,
             ha="right",
+            va="top" if beneath else "baseline",
         )
+        above = rate
     handles: dict[str, Any] = {}
     for variant in [each for each in order if any(row["variant"] == each for row in rows)]:
         mine = [row for row in rows if row["variant"] == variant]
@@ -312,7 +316,7 @@ def _roofline(rows: list[Row], data: dict[str, Any], order: Sequence[str]) -> Fi
     return _finish(figure, title, data, handles, order)
 
 
-def _roofs(rows: list[Row], ceilings: dict[str, Any]) -> Iterator[tuple[str, float]]:
+def _roofs(rows: list[Row], ceilings: dict[str, Any]) -> list[tuple[str, float]]:
     """The flat ceilings of the dtypes that were measured."""
     found = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows) or list(ceilings["fma"])[:1]:
