@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
+#include <torch/headeronly/version.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -133,7 +134,7 @@ inline Tensor fresh(const Tensor& like, Extents sizes, Extents strides) {
   const AOTITorchError error =
       aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
                                device_type, like.get_device_index(), &fresh);
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // PyTorch 2.11, whose check does not say what went wrong
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 14  // whose checks do not say what went wrong
   if (is_too_much) STD_TORCH_CHECK(!error, "the bytes of a result overflow a 64-bit integer");
   STD_TORCH_CHECK(!error, "cannot allocate memory for a result of ", bytes, " bytes");
 #endif
