@@ -128,7 +128,7 @@ def test_threads_share_the_pool():
 
 
 NO_MEMORY = "allocate memory|out of memory|overflow"
-if torch.__version__ < (2, 12):  # of a PyTorch op that fails its header tells the name only
+if torch.__version__ < (2, 14):  # of a PyTorch op that fails its header tells the name only
     NO_MEMORY += "|aten::contiguous"
 
 
