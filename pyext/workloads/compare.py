@@ -12,6 +12,7 @@ import dataclasses
 import resource
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
@@ -50,7 +51,7 @@ DEFAULTS = HyperParameters()
 FLOAT64_LIMIT = 1e-9
 CURVE_FACTOR = 3
 REORDERINGS = 3
-CURVE_SEEDS = 5
+CURVE_SEEDS = 3
 TARGET_ACCURACY = 0.99
 BLOCK_S = 0.25
 """Variants take turns after this long: short against the machine's moods, long against the clock's
@@ -397,8 +398,7 @@ def check_curve(
     Sometimes an activation so near to zero is rounded to its other side, and from there the curves
     part by orders of magnitude. The median keeps one such run of the three from setting the limit.
     Where it happened to the backend's run and not to most of the three, it says nothing about the
-    backend, so another seed decides; only a backend that is too far off with every one of five
-    seeds fails.
+    backend, so another seed decides; only a backend that is too far off with every seed fails.
     """
     prepare = WORKLOADS[workload].prepare
     for seed in range(1, CURVE_SEEDS + 1):
@@ -456,7 +456,7 @@ def train_side_by_side(
     tests: dict[str, list[TestPoint]] = {name: [] for name in trainings}
     test_s, cut_short = None, False
     blocks: dict[str, list[float]] = {name: [] for name in trainings}
-    faults = dict.fromkeys(trainings, 0)
+    faults: Counter[str] = Counter()
 
     def train(name: str, steps: int) -> float:
         training = trainings[name]
@@ -484,15 +484,15 @@ def train_side_by_side(
 
     block_steps = _warm_up(trainings, train)
     warm_up_steps = first.steps_done
-    faults = dict.fromkeys(trainings, 0)
+    faults.clear()
     names, trained_s, turn = list(trainings), 0.0, 0
     while first.steps_done < steps_in_all and (
         seconds is None or trained_s < seconds or len(blocks["eager"]) < MIN_BLOCKS
     ):
         if limit_s is not None and len(blocks["eager"]) >= MIN_BLOCKS:
             # Until a test has shown how long it takes: one forward is about a third of a step.
-            steps = len(first.data.test_images) / first.hyper.batch_size
-            expected_s = sum(times[-1] for times in blocks.values()) * steps / 3
+            batches = len(first.data.test_images) / first.hyper.batch_size
+            expected_s = sum(times[-1] for times in blocks.values()) * batches / 3
             cut_short = time.monotonic() - begin > limit_s - (test_s or expected_s)
             if cut_short:
                 break
