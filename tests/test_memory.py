@@ -128,8 +128,6 @@ def test_threads_share_the_pool():
 
 
 NO_MEMORY = "allocate memory|out of memory|overflow"
-if torch.__version__ < (2, 14):  # of a PyTorch op that fails its header tells the name only
-    NO_MEMORY += "|aten::contiguous"
 
 
 @pytest.mark.parametrize("count", (2**50, 2**61 + 2**20))  # of float64: the second in no int64

@@ -158,9 +158,13 @@ inline Tensor fresh_like(const Tensor& t) {
   return fresh(t, t.sizes(), torch::stable::empty_like(t).strides());
 }
 
-// `t` itself if it is contiguous, which torch::stable::contiguous would ask the dispatcher.
+// `t` itself if it is contiguous, which torch::stable::contiguous would ask the dispatcher, else a
+// copy in memory of ours, whose lack is named with every PyTorch.
 inline Tensor in_one_run(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  if (t.is_contiguous()) return t;
+  Tensor run = fresh(t, t.sizes());
+  torch::stable::copy_(run, t);
+  return run;
 }
 
 }  // namespace pyext
