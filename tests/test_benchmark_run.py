@@ -340,7 +340,7 @@ class TestProcesses:
     def test_a_process_that_dies_says_how_and_another_goes_on(self, monkeypatch):
         """The second of three cases kills it: with a signal, or with Python's own words."""
         script = (
-            "import json, os, sys; request = json.load(sys.stdin)\n"
+            "import json, os, sys; request = json.load(sys.stdin); print(0, flush=True)\n"
             "for case in request['cases']:\n"
             "    if case['shape'] == [2]: ACTION\n"
             "    print(json.dumps([{'name': 'eager', 'kind': 'backend', 'times': {}}]), flush=True)"
@@ -360,7 +360,7 @@ class TestProcesses:
     def test_a_death_is_charged_to_who_dies_alone(self, monkeypatch):
         """Of three variants one kills the process; a peer that does is not to be had."""
         script = (
-            "import json, os, sys; request = json.load(sys.stdin)\n"
+            "import json, os, sys; request = json.load(sys.stdin); print(0, flush=True)\n"
             "for names in request['variants']:\n"
             "    if {'extension', 'jax'} & set(names): os._exit(7)\n"
             "    answer = [{'name': name, 'kind': 'backend', 'times': {}} for name in names]\n"
@@ -369,13 +369,16 @@ class TestProcesses:
         stream, command = isolated.stream, (sys.executable, "-c", script)
         monkeypatch.setattr(isolated, "stream", lambda *args: stream(*args, command))
         names = ["eager", "extension", "jax", "graph"]
-        ((_, outcomes),) = isolated.time_apart([(self.CASE, names)], TINY, seed=0)
-        assert [(each.name, each.status) for each in outcomes] == [
-            ("eager", "ok"),
-            ("extension", "error"),
-            ("jax", "unavailable"),
-        ]
-        assert outcomes[1].reason == "in a process of its own, which ended with exit code 7"
+        jobs = [(dataclasses.replace(self.CASE, shape=(n,)), names) for n in range(1, 6)]
+        found = list(isolated.time_apart(jobs, TINY, seed=0))
+        assert [case for case, _ in found] == [case for case, _ in jobs]
+        for _, outcomes in found:  # the fifth as the first
+            assert [(each.name, each.status) for each in outcomes] == [
+                ("eager", "ok"),
+                ("extension", "error"),
+                ("jax", "unavailable"),
+            ]
+            assert outcomes[1].reason == "in a process of its own, which ended with exit code 7"
 
     def test_what_cannot_start_is_not_tried_for_ever(self, monkeypatch):
         starts, stream = [], isolated.stream
@@ -385,14 +388,15 @@ class TestProcesses:
             yield from stream(*args, (sys.executable, "-c", "import no_such_module"))
 
         monkeypatch.setattr(isolated, "stream", counted)
-        jobs = [(dataclasses.replace(self.CASE, shape=(n,)), ["eager"]) for n in range(1, 9)]
-        outcomes = [outcome for _, (outcome,) in isolated.time_apart(jobs, TINY, seed=0)]
-        assert len(outcomes) == 8 and len(starts) == 3
+        names = ["eager", "extension"]
+        jobs = [(dataclasses.replace(self.CASE, shape=(n,)), names) for n in range(1, 9)]
+        outcomes = [each for _, both in isolated.time_apart(jobs, TINY, seed=0) for each in both]
+        assert [each.name for each in outcomes] == 8 * names and len(starts) == 1
         assert {each.status for each in outcomes} == {"error"}
         assert all("No module named 'no_such_module'" in each.reason for each in outcomes)
 
     def test_an_early_end_without_an_error_is_a_death(self, monkeypatch):
-        stream, command = isolated.stream, (sys.executable, "-c", "input()")
+        stream, command = isolated.stream, (sys.executable, "-c", "input(); print(0)")
         monkeypatch.setattr(isolated, "stream", lambda *args: stream(*args, command))
         ((_, outcome),) = isolated.check_interpreted([self.CASE], seed=0)
         assert outcome.status == "error"
@@ -439,7 +443,7 @@ class TestProcesses:
     @needs_extension
     def test_a_failure_apart_says_so(self, monkeypatch):
         answer = {"name": "extension", "kind": "backend", "status": "wrong", "reason": "off"}
-        monkeypatch.setattr(isolated, "stream", lambda *args: iter([[answer | {"times": {}}]]))
+        monkeypatch.setattr(isolated, "stream", lambda *args: iter([0, [answer | {"times": {}}]]))
         ((_, (outcome,)),) = isolated.time_apart([(self.CASE, ["extension"])], TINY, seed=0)
         assert outcome.reason == "in a process of its own: off"
 

@@ -1,7 +1,7 @@
 """Work in a process of its own: variants timed apart, or Triton checked in its interpreter.
 
 The parent (:func:`stream`) sends one JSON request; the child (``python -m pyext.lab.isolated``)
-answers with one JSON line per case.
+answers with a JSON line once it has started, and one per case.
 """
 
 from __future__ import annotations
@@ -36,8 +36,11 @@ class ProcessDied(RuntimeError):
     sentence about the process."""
 
 
+class _NeverStarted(ProcessDied):
+    """It died before any case: no other variant or case would fare better."""
+
+
 _APART = "in a process of its own"
-_MOST_DEATHS = 3  # in a row: what cannot even start is not tried for each of a hundred cases
 
 
 def time_apart(
@@ -59,41 +62,40 @@ def time_apart(
         Each case with its outcomes. Where the process dies, each of the case's variants is tried
         once more, by itself, and those that die again have failed; another process goes on.
     """
-    begin = time.monotonic()
+    left = _countdown(limit_s)
 
-    def left() -> float | None:
-        return None if limit_s is None else limit_s - (time.monotonic() - begin)
+    def request(jobs: Sequence[tuple[Case, Sequence[str]]]) -> dict[str, Any]:
+        return {
+            "task": "time",
+            "cases": [case.to_json() for case, _ in jobs],
+            "variants": [list(names) for _, names in jobs],
+            "effort": asdict(effort),
+            "seed": seed,
+        }
+
+    def outcomes(names: Sequence[str], answer: Any) -> list[Outcome]:
+        if isinstance(answer, ProcessDied):
+            return [failed(name, f"{_APART}, which {answer}") for name in names]
+        found = [Outcome.from_json(each) for each in answer]
+        for outcome in found:
+            if outcome.status in FAILURES:
+                outcome.reason = f"{_APART}: {outcome.reason}"
+        return found
 
     for outputs, variables in ((ALLOCATED, {}), (PREALLOCATED, measure.RECYCLED_MEMORY)):
         group = [job for job in jobs if job[0].outputs == outputs]
-
-        def request(jobs: Sequence[tuple[Case, Sequence[str]]]) -> dict[str, Any]:
-            return {
-                "task": "time",
-                "cases": [case.to_json() for case, _ in jobs],
-                "variants": [list(names) for _, names in jobs],
-                "effort": asdict(effort),
-                "seed": seed,
-            }
-
         for (case, names), answer in _answers(group, request, variables, left):
-            if not isinstance(answer, ProcessDied):
-                outcomes = [Outcome.from_json(each) for each in answer]
-            elif len(names) == 1:
-                outcomes = [failed(names[0], f"{_APART}, which {answer}")]
-            else:
-                outcomes = []
-                for (_, (name,)), one in _answers(
-                    [(case, [name]) for name in names], request, variables, left
-                ):
-                    if isinstance(one, ProcessDied):
-                        outcomes.append(failed(name, f"{_APART}, which {one}"))
-                    else:  # (nothing, for one that does not exist in this direction)
-                        outcomes += [Outcome.from_json(each) for each in one]
-            for outcome in outcomes:
-                if outcome.status in FAILURES and not outcome.reason.startswith(_APART):
-                    outcome.reason = f"{_APART}: {outcome.reason}"
-            yield case, outcomes
+            died = isinstance(answer, ProcessDied) and not isinstance(answer, _NeverStarted)
+            if not died or len(names) == 1:
+                yield case, outcomes(names, answer)
+                continue
+            found = []
+            for name in names:
+                for _, alone in _answers([(case, [name])], request, variables, left):
+                    found += outcomes([name], alone)
+            if left() <= 0:  # some may not have had their turn
+                return
+            yield case, found
 
 
 def check_interpreted(
@@ -111,14 +113,10 @@ def check_interpreted(
         process died, after which another one goes on.
     """
 
-    begin = time.monotonic()
-
     def request(cases: Sequence[Case]) -> dict[str, Any]:
         return {"task": "check", "cases": [case.to_json() for case in cases], "seed": seed}
 
-    def left() -> float | None:
-        return None if limit_s is None else limit_s - (time.monotonic() - begin)
-
+    left = _countdown(limit_s)
     for case, answer in _answers(cases, request, {"TRITON_INTERPRET": "1"}, left):
         if isinstance(answer, ProcessDied):
             yield case, failed("triton", f"in its interpreter's process, which {answer}")
@@ -126,11 +124,17 @@ def check_interpreted(
             yield case, Outcome("triton", "backend", **answer)
 
 
+def _countdown(limit_s: float | None) -> Callable[[], float]:
+    """What gives the seconds that are left; infinity without a limit."""
+    end = float("inf") if limit_s is None else time.monotonic() + limit_s
+    return lambda: end - time.monotonic()
+
+
 def _answers(
     jobs: Sequence[Any],
     request: Callable[[Sequence[Any]], dict[str, Any]],
     variables: Mapping[str, str],
-    left: Callable[[], float | None],
+    left: Callable[[], float],
 ) -> Iterator[tuple[Any, Any]]:
     """Each job with the answer to it, or with the death of the process that was at it.
 
@@ -140,23 +144,23 @@ def _answers(
         variables: additions to the processes' environment.
         left: how many seconds there are; when they are up, the rest of the jobs is left out.
     """
-    todo, deaths = list(jobs), 0
+    todo = list(jobs)
     while todo:
         asked = request(todo) | {"threads": torch.get_num_threads()}
+        started = False
         try:
             for answer in stream(asked, variables, left()):
-                deaths = 0
-                yield todo.pop(0), answer
-            if todo and (left() is None or left() > 0):
+                if started:
+                    yield todo.pop(0), answer
+                started = True  # says the first line
+            if todo and left() > 0:
                 raise ProcessDied("ended before it had answered")
             return
         except ProcessDied as death:
-            deaths += 1
-            yield todo.pop(0), death
-            if deaths == _MOST_DEATHS:
-                for job in todo:
-                    yield job, death
+            if not started:
+                yield from ((job, _NeverStarted(str(death))) for job in todo)
                 return
+            yield todo.pop(0), death
 
 
 def stream(
@@ -193,8 +197,9 @@ def stream(
         out_of_time.set()
         child.kill()
 
-    timer = threading.Timer(max(limit_s, 0.0), stop) if limit_s is not None else None
-    if timer:
+    timer = None
+    if limit_s is not None and limit_s < threading.TIMEOUT_MAX:
+        timer = threading.Timer(max(limit_s, 0.0), stop)
         timer.daemon = True
         timer.start()
     try:
@@ -245,6 +250,7 @@ def main() -> None:
     request, send = receive()
     torch.set_num_threads(request["threads"])
     environment.use_full_precision()
+    send(json.dumps("started"))
     seed = request["seed"]
     peers, inputs, key = Peers(), None, None
     if any(case["outputs"] == PREALLOCATED for case in request["cases"]):
