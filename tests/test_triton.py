@@ -14,6 +14,7 @@ from support import configurations, dtype_id, raw_ops, through, with_visible_ste
 from pyext import registry
 from pyext.backends import BACKENDS
 from pyext.lab.check import verify
+from pyext.lab.small_tiles import SHAPES, small_tiles
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -23,13 +24,6 @@ DEVICES = [
     for parameter in configurations()
     if parameter.values[0] == TRITON.name
 ]
-# Several tiles each way, odd edges, and a K that splits unevenly. By the last of a shape's names.
-SHAPES = {
-    "n": (1001,),
-    "out": (20, 70, 36, 18),
-    "kernel": (2, 3, 13, 17, 3),
-    "steps": (20, 70, 36, 18, 2),
-}
 
 
 def run_python(code, **environment):
@@ -69,40 +63,16 @@ print([name for name in names if not get_triton_kernels_for_op(f"pyext_triton::{
     assert run_python(code, TRITON_INTERPRET="0") == "[]"
 
 
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """Every kernel in many programs, with K split: what only large operands would reach."""
-    TRITON.raw  # noqa: B018  imports the kernels
-    from pyext.kernels import (
-        _matmul,
-        _reduction,
-        adadelta_step,
-        dropout,
-        mse_loss,
-        relu,
-        relu_max_pool2d,
-    )
-
-    def choose_tiling(m, n, k, itemsize):
-        return _matmul.Tiling(16, 16, 16, splits=3 if k > 32 else 1, warps=1, stages=1)
-
-    monkeypatch.setattr(_matmul, "choose_tiling", choose_tiling)
-    monkeypatch.setattr(mse_loss, "MAX_PROGRAMS", 5)
-    monkeypatch.setattr(_reduction, "PARTIALS_PER_STEP", 2)
-    for module in (adadelta_step, dropout, mse_loss, relu):
-        monkeypatch.setattr(module, "block_size", lambda n, itemsize: 64)
-    monkeypatch.setattr(relu_max_pool2d, "block_size", lambda n: 64)
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", registry.FLOATING_DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("op", registry.ops().values(), ids=registry.ops())
-def test_many_tiles_and_split_sums(op, dtype, device, small_tiles):
+def test_many_tiles_and_split_sums(op, dtype, device):
     generator = torch.Generator(device).manual_seed(0)
     shape = SHAPES[op.shape_names[-1]]
     inputs = op.benchmark_inputs(shape, dtype, torch.device(device), generator)
     args = with_visible_step(op, inputs)
-    result = verify(op, through(op, "triton"), args)
+    with small_tiles():
+        result = verify(op, through(op, "triton"), args)
     assert result, result.detail
 
 

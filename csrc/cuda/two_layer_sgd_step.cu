@@ -16,10 +16,17 @@ PYEXT_FOR_EACH_FLOATING(PYEXT_DEFINE)
 
 namespace {
 
-#define PYEXT_REGISTER(T)                                                                      \
-  PYEXT_REGISTER_PRODUCT(T, UpdateWeight<T>)                                                   \
-  PYEXT_REGISTER_KERNEL(sgd_steps_kernel<T>, (sgd_steps_shape(1, MOST_SHARED_BYTES)),          \
-                        sgd_steps_limits<T>());
+constexpr std::size_t SHARED = MOST_SHARED_BYTES;
+#define PYEXT_REGISTER(T)                                                                \
+  PYEXT_REGISTER_PRODUCT(T, UpdateWeight<T>)                                             \
+  PYEXT_REGISTER_KERNEL(sgd_steps_kernel<T>, (sgd_steps_shape(1, SHARED)),               \
+                        sgd_steps_limits<T>());                                          \
+  PYEXT_REGISTER_KERNEL(sgd_multiply_kernel<T>, (sgd_part_shape(1, SHARED, false)),      \
+                        sgd_multiply_limits<T>());                                       \
+  PYEXT_REGISTER_KERNEL(sgd_add_kernel<T>, (sgd_part_shape(1, SHARED, true)),            \
+                        sgd_steps_limits<T>());                                          \
+  PYEXT_REGISTER_KERNEL(sgd_update_kernel<T>, (sgd_part_shape(1, SHARED, true)),         \
+                        sgd_update_limits<T>());
 PYEXT_FOR_EACH_FLOATING(PYEXT_REGISTER)
 PYEXT_REGISTER_TILE(float, LargeTile, UpdateWeight<float>);
 

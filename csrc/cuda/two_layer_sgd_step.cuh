@@ -2,14 +2,14 @@
 //   hidden = relu(x @ w1), g = 2 (hidden @ w2 - y), loss = sum(g^2) / 4, d = (g @ w2^T) masked
 //   w1 -= lr * x^T @ d,    w2 -= lr * hidden^T @ g
 //
-// FLOPs 2NH(2I + 3O). One cooperative launch where the network is small enough
-// (common/cooperative_sgd.cuh), else five products; loss and g come from the second one's epilogue,
-// the mask from the third's, and the updates are the last two's epilogues, so that no weight
-// gradient reaches memory. w2 is read by the third product before the last one writes it. Launch
-// shapes: product.cuh.
+// FLOPs 2NH(2I + 3O). By slices of w1, in one launch or three, where the network is small enough
+// (common/sliced_sgd.cuh), else five products; loss and g come from the second one's epilogue, the
+// mask from the third's, and the updates are the last two's epilogues, so that no weight gradient
+// reaches memory. w2 is read by the third product before the last one writes it. Launch shapes:
+// product.cuh.
 #pragma once
 
-#include "common/cooperative_sgd.cuh"
+#include "common/sliced_sgd.cuh"
 #include "two_layer_mse_loss.cuh"
 
 namespace pyext {
@@ -51,8 +51,7 @@ void sgd_step_by_products(const TwoLayerSize& size, const Matrix<const T>& x,
                           const Matrix<const T>& y, const Matrix<T>& w1, const Matrix<T>& w2,
                           double lr, T* loss, Scratch& scratch, cudaStream_t stream) {
   using Acc = Accumulate<T>;
-  const Matrix<const T> old_w1{w1.data, w1.row_stride, w1.column_stride};
-  const Matrix<const T> old_w2{w2.data, w2.row_stride, w2.column_stride};
+  const Matrix<const T> old_w1 = as_const(w1), old_w2 = as_const(w2);
   T* hidden = scratch.allocate<T>(size.batch * size.hidden);
   T* g = scratch.allocate<T>(size.batch * size.out);
   T* d = scratch.allocate<T>(size.batch * size.hidden);
@@ -74,10 +73,13 @@ template <class T>
 void two_layer_sgd_step(const TwoLayerSize& size, const Matrix<const T>& x,
                         const Matrix<const T>& y, const Matrix<T>& w1, const Matrix<T>& w2,
                         double lr, T* loss, Scratch& scratch, cudaStream_t stream) {
-  if (sgd_fits_one_launch<T>(size)) {
-    sgd_steps_in_one_launch<T>(size, {x, y}, w1, w2, lr, 1, loss, scratch, stream);
-  } else {
-    sgd_step_by_products(size, x, y, w1, w2, lr, loss, scratch, stream);
+  switch (sgd_way<T>(size)) {
+    case SgdWay::one_launch:
+      return sgd_steps_in_one_launch<T>(size, {x, y}, w1, w2, lr, 1, loss, scratch, stream);
+    case SgdWay::three_launches:
+      return sgd_step_in_three_launches(size, x, y, w1, w2, lr, loss, scratch, stream);
+    case SgdWay::five_products:
+      return sgd_step_by_products(size, x, y, w1, w2, lr, loss, scratch, stream);
   }
 }
 

@@ -1,5 +1,5 @@
-// SGD steps of the two-layer network, in place: in one cooperative launch where the network is small
-// enough (common/cooperative_sgd.cuh), else one after the other (two_layer_sgd_step.cuh).
+// SGD steps of the two-layer network, in place: in one cooperative launch where that is possible
+// (common/sliced_sgd.cuh), else one after the other (two_layer_sgd_step.cuh).
 #pragma once
 
 #include "two_layer_sgd_step.cuh"
@@ -13,7 +13,7 @@ void two_layer_sgd_steps(const TwoLayerSize& size, const SgdBatches<T>& batches,
                          const Matrix<T>& w1, const Matrix<T>& w2, double lr, int64_t steps,
                          T* losses, const WithScratch& with_scratch, cudaStream_t stream) {
   if (steps == 0) return;
-  if (sgd_fits_one_launch<T>(size)) {
+  if (sgd_way<T>(size) == SgdWay::one_launch) {
     with_scratch([&](Scratch& scratch) {
       sgd_steps_in_one_launch(size, batches, w1, w2, lr, steps, losses, scratch, stream);
     });
@@ -24,7 +24,7 @@ void two_layer_sgd_steps(const TwoLayerSize& size, const SgdBatches<T>& batches,
     x.data += step * batches.x_stride;
     y.data += step * batches.y_stride;
     with_scratch([&](Scratch& scratch) {
-      sgd_step_by_products(size, x, y, w1, w2, lr, losses + step, scratch, stream);
+      two_layer_sgd_step(size, x, y, w1, w2, lr, losses + step, scratch, stream);
     });
   }
 }

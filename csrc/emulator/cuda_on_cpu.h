@@ -52,6 +52,7 @@ unsigned char* block_shared_memory();
 unsigned block_barrier(int line, bool predicate);
 void grid_barrier(int line);
 void fence();
+void wait_for_previous_kernel();
 
 // Lanes of one warp meet: each leaves a value, and reads the others' once all of `mask` have come.
 // A lane that has ended or does not exist counts as present, without a value.
@@ -127,6 +128,8 @@ inline int __syncthreads_and(int predicate, PYEXT_LINE) {
 inline void __syncwarp(unsigned mask = 0xffffffffu) { emulator::exchange(mask, 0); }
 inline void __threadfence() { emulator::fence(); }
 inline void __threadfence_block() {}
+inline void cudaGridDependencySynchronize() { emulator::wait_for_previous_kernel(); }
+inline void cudaTriggerProgrammaticLaunchCompletion() {}  // assumed of every kernel, at its begin
 
 namespace emulator {
 
@@ -283,12 +286,16 @@ inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<u
 
 // ---------------------------------------------------------------- the launcher's side
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2 };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeCooperative = 2,
+  cudaLaunchAttributeProgrammaticStreamSerialization = 6,
+};
 
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
-  struct {
+  union {
     int cooperative;
+    int programmaticStreamSerializationAllowed;
   } val;
 };
 
@@ -302,8 +309,10 @@ struct cudaLaunchConfig_t {
 };
 
 namespace emulator {
+bool is_cooperative(const cudaLaunchConfig_t& config);
+bool overlaps_previous(const cudaLaunchConfig_t& config);
 cudaError_t submit(const cudaLaunchConfig_t& config, Launch launch);
-}
+}  // namespace emulator
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
@@ -345,6 +354,17 @@ int resident_blocks(std::size_t threads, std::size_t shared_bytes);  // per mult
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
   return emulator::allow_shared_bytes(reinterpret_cast<const void*>(kernel), bytes);
+}
+
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+
+// As if compiled for 9.0, the first architecture whose launches may overlap.
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  attributes->ptxVersion = 90;
+  return cudaSuccess;
 }
 
 template <class Kernel>

@@ -40,6 +40,7 @@ struct Thread {
   ThreadState state = ThreadState::done;
   int barrier_line = 0;
   bool predicate = false;
+  unsigned first_block = 0;  // the first with which this thread's accesses may race
   std::exception_ptr error;
 
   unsigned lane() const { return number % WARP_LANES; }
@@ -84,8 +85,11 @@ class Device {
     gridDim = config.gridDim;
     blockDim = config.blockDim;
     count_ = blockDim.x * blockDim.y * blockDim.z;
-    cooperative_ = config.numAttrs > 0 && config.attrs->val.cooperative;
-    position.first_block = serial_ + 1;
+    cooperative_ = emulator::is_cooperative(config);
+    overlaps_ = overlaps_previous(config);
+    first_block_ = serial_ + 1;
+    // All launches that overlap the one before may still run, back to the first that does not.
+    if (!overlaps_) first_of_overlapping_ = first_block_;
     position.call = reinterpret_cast<std::uintptr_t>(launch.call.get());
     position.call_bytes = launch.call_bytes;
     const std::uint64_t all = std::uint64_t{gridDim.x} * gridDim.y * gridDim.z;
@@ -124,6 +128,8 @@ class Device {
     position.now.warp_epoch = block_->warp_epochs[thread_->warp()];
     return meeting.lanes[set];
   }
+
+  void wait_for_previous_kernel() { thread_->first_block = position.first_block = first_block_; }
 
   unsigned lane() const { return thread_->lane(); }
   bool is_cooperative() const { return cooperative_; }
@@ -177,6 +183,7 @@ class Device {
       thread.number = i;
       thread.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
       thread.state = ThreadState::ready;
+      thread.first_block = overlaps_ ? first_of_overlapping_ : first_block_;
       thread.error = nullptr;
       thread.fiber.start(&Device::thread_main, i % 32 * 128);
     }
@@ -220,12 +227,16 @@ class Device {
     now.thread = thread.number;
     now.epoch = block_->epoch;
     now.warp_epoch = block_->warp_epochs[thread.warp()];
+    position.first_block = thread.first_block;
     position.fiber = &thread.fiber;
     in_kernel = true;
     thread.fiber.resume();
     in_kernel = false;
     if (thread.error) std::rethrow_exception(std::exchange(thread.error, nullptr));
     if (thread.state == ThreadState::done) {
+      if (thread.first_block != first_block_) {
+        fail("it ends without having waited for the kernel that its launch overlaps");
+      }
       ++block_->done;
       for (auto& meeting : block_->meetings[thread.warp()]) {
         close_if_complete(meeting, *block_, thread.warp());
@@ -333,6 +344,9 @@ class Device {
   const Launch* launch_ = nullptr;
   unsigned count_ = 0;  // threads per block
   bool cooperative_ = false;
+  bool overlaps_ = false;
+  unsigned first_block_ = 0;           // of this launch
+  unsigned first_of_overlapping_ = 0;  // of this launch and those before that may still run
   unsigned alive_ = 0;
   std::vector<std::unique_ptr<Block>> blocks_;
   Block* block_ = nullptr;
@@ -380,6 +394,7 @@ void grid_barrier(int line) {
 }
 
 void fence() { device.order_blocks(); }
+void wait_for_previous_kernel() { device.wait_for_previous_kernel(); }
 
 Lanes exchange(unsigned mask, std::uint64_t value) { return device.meet(mask, value); }
 

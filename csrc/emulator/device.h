@@ -96,7 +96,7 @@ struct SharedMemory {
 // Where the running thread stands.
 struct Position {
   Access now;
-  unsigned first_block = 0;  // of this launch
+  unsigned first_block = 0;  // the first whose accesses are not over
   SharedMemory* shared = nullptr;
   const Fiber* fiber = nullptr;
   std::uintptr_t call = 0;  // the kernel's arguments

@@ -80,16 +80,28 @@ cudaError_t refusal(const cudaLaunchConfig_t& config, const void* kernel) {
                                       ? MOST_SHARED_BYTES
                                       : std::max(opted_in->second, MOST_SHARED_BYTES);
   if (config.dynamicSmemBytes > most_shared) return cudaErrorInvalidValue;
-  const bool cooperative = config.numAttrs > 0 && config.attrs->val.cooperative;
   const std::uint64_t most_blocks =
       std::uint64_t{MULTIPROCESSORS} * resident_blocks(threads, config.dynamicSmemBytes);
-  if (cooperative && std::uint64_t{grid.x} * grid.y * grid.z > most_blocks) {
+  if (is_cooperative(config) && std::uint64_t{grid.x} * grid.y * grid.z > most_blocks) {
     return cudaErrorCooperativeLaunchTooLarge;
   }
   return cudaSuccess;
 }
 
 }  // namespace
+
+bool is_cooperative(const cudaLaunchConfig_t& config) {
+  return std::any_of(config.attrs, config.attrs + config.numAttrs, [](const auto& attribute) {
+    return attribute.id == cudaLaunchAttributeCooperative && attribute.val.cooperative;
+  });
+}
+
+bool overlaps_previous(const cudaLaunchConfig_t& config) {
+  return std::any_of(config.attrs, config.attrs + config.numAttrs, [](const auto& attribute) {
+    return attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+           attribute.val.programmaticStreamSerializationAllowed;
+  });
+}
 
 cudaError_t submit(const cudaLaunchConfig_t& config, Launch launch) {
   require_checked_launch();

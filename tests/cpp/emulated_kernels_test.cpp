@@ -713,10 +713,26 @@ void shrink(Operand<T>& operand, double factor) {
 }
 
 template <class T>
-void test_two_layer_sgd_step(bool one_launch) {
+void sgd_step(SgdWay way, const TwoLayerSize& size, const Matrix<const T>& x,
+              const Matrix<const T>& y, const Matrix<T>& w1, const Matrix<T>& w2, double lr, T* loss,
+              Scratch& scratch) {
+  switch (way) {
+    case SgdWay::one_launch:
+      return sgd_steps_in_one_launch<T>(size, {x, y}, w1, w2, lr, 1, loss, scratch, nullptr);
+    case SgdWay::three_launches:
+      return sgd_step_in_three_launches(size, x, y, w1, w2, lr, loss, scratch, nullptr);
+    case SgdWay::five_products:
+      return sgd_step_by_products(size, x, y, w1, w2, lr, loss, scratch, nullptr);
+  }
+}
+
+template <class T>
+void test_two_layer_sgd_step(SgdWay way) {
   const double lr = 1.0 / 1024 + 1e-12;  // the last bits are lost if it passes through float32
   for (const TwoLayerSize& size : NETWORKS) {
-    if (one_launch && !sgd_fits_one_launch<T>(size)) continue;
+    const SgdWay chosen = sgd_way<T>(size);
+    // What goes in one launch goes in three, and anything goes by products.
+    if (way < chosen) continue;
     for (const Layout layout_x : layouts()) {
       for (const Layout layout_w :
            {Layout::rows, Layout::columns, Layout::strided, Layout::unaligned, Layout::padded}) {
@@ -767,11 +783,10 @@ void test_two_layer_sgd_step(bool one_launch) {
 
         HostScratch scratch;
         Buffer<T> loss(1);
-        const auto step = one_launch ? &two_layer_sgd_step<T> : &sgd_step_by_products<T>;
-        step(size, net.x.constant, net.y.constant, w1.view, w2.view, lr, loss.data(), scratch,
-             nullptr);
-        const std::string name = std::string("two_layer_sgd_step ") +
-                                 (one_launch ? "in one launch " : "by products ") + net.name +
+        sgd_step(way, size, net.x.constant, net.y.constant, w1.view, w2.view, lr, loss.data(),
+                 scratch);
+        const char* names[] = {"in one launch ", "in three launches ", "by products "};
+        const std::string name = std::string("two_layer_sgd_step ") + names[int(way)] + net.name +
                                  ", weights " + std::to_string(int(layout_w));
         expect(std::fabs(to_double(loss[0]) - loss_expected) <=
                    (16 * ROUNDING<T> + 1e3 * ROUNDING<Accumulate<T>>)*(loss_expected + 1e-3),
@@ -799,32 +814,65 @@ void test_two_layer_sgd_step(bool one_launch) {
   }
 }
 
-// Which sizes go in one launch, on the emulated device of 4 multiprocessors. At the headline's size
-// four blocks fit on one, so that its 125 need 32 multiprocessors.
-void test_sgd_in_one_launch() {
-  const auto fits = [](int64_t batch, int64_t in, int64_t hidden, int64_t out) {
-    return sgd_fits_one_launch<float>({batch, in, hidden, out});
+// Which sizes go which way, on the emulated device of 4 multiprocessors. At the headline's size four
+// blocks fit on one, so that its 125 need 32 multiprocessors.
+void test_sgd_way() {
+  const auto expect_way = [](SgdWay expected, const TwoLayerSize& size, const char* why) {
+    expect(sgd_way<float>(size) == expected, std::string("sgd: ") + why);
   };
-  expect(fits(1, 1, 1, 1) && fits(33, 70, 34, 10) && fits(64, 128, 100, 10), "sgd: these fit");
-  expect(!fits(64, 129, 100, 10), "sgd: more blocks than the device holds at once");
-  expect(fits(1, 256, 1, 1) && !fits(1, 257, 1, 1), "sgd: 32 blocks of 256 threads are resident");
-  expect(!fits(1, 2049, 1, 1), "sgd: too many slices");
-  expect(!fits(128, 8, 100, 10) && fits(80, 8, 100, 4), "sgd: 48 KiB of shared memory");
-  expect(!sgd_fits_one_launch<double>({64, 8, 100, 10}), "sgd: float64 needs twice the memory");
-  expect(!fits(0, 1, 1, 1) && !fits(1, 0, 1, 1) && !fits(1, 1, 0, 1) && !fits(1, 1, 1, 0),
-         "sgd: nothing may be empty");
-  expect(!fits(1, 8, int64_t{1} << 40, 1) && !fits(int64_t{1} << 31, 8, int64_t{1} << 31, 1),
-         "sgd: sizes beyond 32 bits");
+  for (const TwoLayerSize& size :
+       {TwoLayerSize{1, 1, 1, 1}, TwoLayerSize{33, 70, 34, 10}, TwoLayerSize{64, 128, 100, 10}}) {
+    expect_way(SgdWay::one_launch, size, "these fit");
+  }
+  expect_way(SgdWay::three_launches, {64, 129, 100, 10}, "more blocks than are resident at once");
+  expect_way(SgdWay::three_launches, {64, 1000, 100, 10}, "the headline");
+  expect_way(SgdWay::one_launch, {1, 256, 1, 1}, "32 blocks of 256 threads are resident");
+  expect_way(SgdWay::three_launches, {1, 257, 1, 1}, "33 are not");
+  expect_way(SgdWay::three_launches, {1, 2048, 1, 1}, "256 slices");
+  expect_way(SgdWay::five_products, {1, 2049, 1, 1}, "too many slices");
+  expect_way(SgdWay::one_launch, {80, 8, 100, 4}, "48 KiB of shared memory");
+  expect_way(SgdWay::five_products, {128, 8, 100, 10}, "more than 48 KiB");
+  for (const TwoLayerSize& size : {TwoLayerSize{0, 1, 1, 1}, TwoLayerSize{1, 0, 1, 1},
+                                   TwoLayerSize{1, 1, 0, 1}, TwoLayerSize{1, 1, 1, 0}}) {
+    expect_way(SgdWay::five_products, size, "nothing may be empty");
+  }
+  for (const TwoLayerSize& size : {TwoLayerSize{1, 8, int64_t{1} << 40, 1},
+                                   TwoLayerSize{int64_t{1} << 31, 8, int64_t{1} << 31, 1}}) {
+    expect_way(SgdWay::five_products, size, "sizes beyond 32 bits");
+  }
+  expect(sgd_way<double>({64, 8, 100, 10}) == SgdWay::five_products,
+         "sgd: float64 needs twice the memory");
   const SgdLayout headline(64, 100, 10);
   expect(headline.elements * sizeof(float) == 38720,
          "sgd: the headline's shared memory is " +
              std::to_string(headline.elements * sizeof(float)));
 }
 
-// Several steps are the same bits as one after the other, in one launch and by products, with one
-// batch and with a batch for each.
+// One launch and three give the same bits.
+void test_sgd_launches_agree() {
+  const TwoLayerSize size{19, 53, 33, 5};
+  Operand<float> x(size.batch, size.in, Layout::rows), y(size.batch, size.out, Layout::rows);
+  Operand<float> w1(size.in, size.hidden, Layout::rows), w2(size.hidden, size.out, Layout::rows);
+  shrink(w1, 0.1), shrink(w2, 0.1);
+  Operand<float> other_w1 = w1, other_w2 = w2;
+  other_w1.view.data = other_w1.buffer.data();
+  other_w2.view.data = other_w2.buffer.data();
+  HostScratch scratch;
+  float loss, other_loss;
+  sgd_step(SgdWay::one_launch, size, x.constant, y.constant, w1.view, w2.view, 1e-3, &loss, scratch);
+  sgd_step(SgdWay::three_launches, size, x.constant, y.constant, other_w1.view, other_w2.view, 1e-3,
+           &other_loss, scratch);
+  bool equal = loss == other_loss;
+  for (int64_t i = 0; i < w1.buffer.size(); ++i) equal &= w1.buffer[i] == other_w1.buffer[i];
+  for (int64_t i = 0; i < w2.buffer.size(); ++i) equal &= w2.buffer[i] == other_w2.buffer[i];
+  expect(equal, "sgd: one launch and three give the same bits");
+}
+
+// Several steps are the same bits as one after the other, in one launch, in three for each and by
+// products, with one batch and with a batch for each.
 void test_sgd_steps() {
-  for (const TwoLayerSize& size : {TwoLayerSize{19, 21, 33, 5}, TwoLayerSize{64, 200, 100, 10}}) {
+  for (const TwoLayerSize& size : {TwoLayerSize{19, 21, 33, 5}, TwoLayerSize{64, 200, 100, 10},
+                                   TwoLayerSize{64, 40, 100, 70}}) {
     for (const bool many : {false, true}) {
       const int64_t steps = 3, x_size = size.batch * size.in, y_size = size.batch * size.out;
       Operand<float> x(many ? steps * size.batch : size.batch, size.in, Layout::rows);
@@ -914,7 +962,9 @@ void test_floating() {
   test_column_sum<T>();
   test_two_layer_forward<T>();
   test_two_layer_backward<T>();
-  for (const bool one_launch : {true, false}) test_two_layer_sgd_step<T>(one_launch);
+  for (const SgdWay way : {SgdWay::one_launch, SgdWay::three_launches, SgdWay::five_products}) {
+    test_two_layer_sgd_step<T>(way);
+  }
 }
 
 }  // namespace
@@ -931,7 +981,8 @@ int main(int count, char** arguments) try {
   test_floating<float>();
   test_floating<__half>();
   test_floating<__nv_bfloat16>();
-  test_sgd_in_one_launch();
+  test_sgd_way();
+  test_sgd_launches_agree();
   test_sgd_steps();
   test_infinite_loss();
   test_determinism();

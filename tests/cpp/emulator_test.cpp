@@ -188,6 +188,22 @@ __global__ void last_block_kernel(int* parts, unsigned* counter, int* out) {
   *out = sum;
 }
 
+__global__ void early_reader_kernel(const int* in, int* out) {
+  const int early = in[threadIdx.x];
+  wait_for_previous_kernel();
+  out[threadIdx.x] = early;
+}
+
+__global__ void late_reader_kernel(const int* in, int* out) {
+  wait_for_previous_kernel();
+  out[threadIdx.x] = in[threadIdx.x];
+}
+
+__global__ void hasty_writer_kernel(int* out) {
+  out[threadIdx.x] = 2;
+  wait_for_previous_kernel();
+}
+
 __global__ void add_kernel(int* value, int addend) { *value = *value * 10 + addend; }
 
 }  // namespace working
@@ -407,6 +423,49 @@ void test_global_memory_checks() {
   expect(out[2] == 4 + 2, "a barrier of the grid orders blocks");
   launch(halves_kernel, shape, op.stream(), reinterpret_cast<__half*>(out.data()));
 }
+// A launch that overlaps those before it: what it touches before it waits, they must leave alone.
+void test_overlapping_launches() {
+  const LaunchShape shape{1, 64};
+  LaunchShape overlapping = shape;
+  overlapping.overlaps_previous = true;
+  int in[64] = {}, between[64] = {}, out[64] = {};
+  const auto chain = [&](auto second_kernel, const int* second_in) {
+    emulator::Op op;
+    emulator::allow(in, sizeof(in), emulator::Memory::writable);
+    emulator::allow(between, sizeof(between), emulator::Memory::writable);
+    emulator::allow(out, sizeof(out), emulator::Memory::writable);
+    launch(copy_kernel, shape, op.stream(), in, between, 0);
+    launch(second_kernel, overlapping, op.stream(), second_in, out);
+  };
+  in[5] = 7;
+  chain(late_reader_kernel, between);
+  expect(out[5] == 7, "an overlapping launch that waits");
+  in[5] = 8;
+  chain(early_reader_kernel, in);
+  expect(out[5] == 8, "an overlapping launch reads early what no kernel writes");
+  expect_error("early_reader_kernel(int const*, int*), block (0, 0, 0), thread (0, 0, 0): a "
+               "block reads what another writes, with nothing to order them",
+               [&] { chain(early_reader_kernel, between); });
+  expect_error("a block writes what another reads", [&] {
+    emulator::Op op;
+    emulator::allow(in, sizeof(in), emulator::Memory::writable);
+    emulator::allow(out, sizeof(out), emulator::Memory::writable);
+    launch(copy_kernel, shape, op.stream(), in, out, 0);
+    launch(hasty_writer_kernel, overlapping, op.stream(), in);
+  });
+  // The one in the middle has waited for the first, but the third may begin before it ends.
+  expect_error("a block reads what another writes", [&] {
+    emulator::Op op;
+    emulator::allow(in, sizeof(in), emulator::Memory::writable);
+    emulator::allow(between, sizeof(between), emulator::Memory::writable);
+    emulator::allow(out, sizeof(out), emulator::Memory::writable);
+    launch(copy_kernel, shape, op.stream(), in, between, 0);
+    launch(late_reader_kernel, overlapping, op.stream(), in, out);
+    launch(early_reader_kernel, overlapping, op.stream(), between, out);
+  });
+  expect_error("it ends without having waited",
+               [&] { launch(copy_kernel, overlapping, nullptr, in, out, 0); });
+}
 #endif
 
 }  // namespace
@@ -421,5 +480,6 @@ void test_emulator() {
 #if defined(__SANITIZE_THREAD__)
   test_shared_memory_checks();
   test_global_memory_checks();
+  test_overlapping_launches();
 #endif
 }

@@ -19,6 +19,11 @@ struct Matrix {
 };
 
 template <class T>
+__host__ __device__ Matrix<const T> as_const(const Matrix<T>& matrix) {
+  return {matrix.data, matrix.row_stride, matrix.column_stride};
+}
+
+template <class T>
 Matrix<T> row_major(T* data, int64_t columns) {
   return {data, columns, 1};
 }

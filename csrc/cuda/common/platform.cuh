@@ -49,12 +49,42 @@ T* shared_memory() {
 using emulator::check_alignment;
 #endif
 
+// Programmatic dependent launch came with compute capability 9.0; the emulator has it, too.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define PYEXT_LAUNCHES_OVERLAP
+#endif
+
+// A kernel whose launch `overlaps_previous` calls this in every thread, before it touches what the
+// kernels ahead of it in the stream write, or writes what they read: from here on they have ended.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#ifdef PYEXT_LAUNCHES_OVERLAP
+  cudaGridDependencySynchronize();
+#endif
+}
+
+// Once every block has called it or ended, the next launch may begin if it overlaps this one.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#ifdef PYEXT_LAUNCHES_OVERLAP
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
 struct LaunchShape {
   dim3 grid;
   dim3 block;
   std::size_t shared_bytes = 0;  // at most 48 KiB: more would need cudaFuncSetAttribute
   bool cooperative = false;      // all blocks are alive at once, and the grid can meet
+  bool overlaps_previous = false;  // where `can_overlap`: begins before the launch ahead has ended
 };
+
+// Whether the kernel's code on the current device has the waiting that an overlap needs. The device
+// alone does not tell: a newer one may run the PTX of compute capability 8.0.
+template <class Kernel>
+bool can_overlap(Kernel* kernel) {
+  cudaFuncAttributes attributes{};
+  PYEXT_CHECK_CUDA(cudaFuncGetAttributes(&attributes, kernel));
+  return attributes.ptxVersion >= 90;
+}
 
 template <class T>
 struct Exactly {
@@ -71,11 +101,18 @@ void launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_
   config.blockDim = shape.block;
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
-  config.attrs = &cooperative;
-  config.numAttrs = shape.cooperative ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (shape.cooperative) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
+  if (shape.overlaps_previous && can_overlap(kernel)) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   // cudaGetLastError reports the same error and clears it, so that no later check meets it again.
   static_cast<void>(cudaLaunchKernelEx(&config, kernel, arguments...));
   PYEXT_CHECK_CUDA(cudaGetLastError());

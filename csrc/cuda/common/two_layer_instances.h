@@ -29,10 +29,13 @@
 
 // For those that include two_layer_sgd_step.cuh.
 #define PYEXT_SGD_STEP_INSTANCE(keyword, T)                                                        \
-  keyword template bool sgd_fits_one_launch<T>(const TwoLayerSize&);                               \
+  keyword template SgdWay sgd_way<T>(const TwoLayerSize&);                                         \
   keyword template void sgd_steps_in_one_launch<T>(                                                \
       const TwoLayerSize&, const SgdBatches<T>&, const Matrix<T>&, const Matrix<T>&, double,       \
       int64_t, T*, Scratch&, cudaStream_t);                                                        \
+  keyword template void sgd_step_in_three_launches<T>(                                             \
+      const TwoLayerSize&, const Matrix<const T>&, const Matrix<const T>&, const Matrix<T>&,       \
+      const Matrix<T>&, double, T*, Scratch&, cudaStream_t);                                       \
   keyword template void sgd_step_by_products<T>(                                                   \
       const TwoLayerSize&, const Matrix<const T>&, const Matrix<const T>&, const Matrix<T>&,       \
       const Matrix<T>&, double, T*, Scratch&, cudaStream_t);

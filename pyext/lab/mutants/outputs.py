@@ -1,8 +1,8 @@
 """Hashes of a backend's outputs: ``python -m pyext.lab.mutants.outputs BACKEND FILE``.
 
 Two libraries whose hashes agree do the same bit by bit, on every raw op's sample inputs in every
-dtype and on larger random ones. That is how an automatic mutant which changes nothing is told from
-one that no test has noticed.
+dtype and on larger random ones (Triton's interpreted kernels: in many small programs, too). That is
+how an automatic mutant which changes nothing is told from one that no test has noticed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from pyext import registry
 from pyext.backends import BACKENDS
-from pyext.lab import check
+from pyext.lab import check, small_tiles
 from pyext.lab.mutants import witness
 
 CPU = torch.device("cpu")
@@ -66,16 +66,27 @@ def cases(backend: str) -> Iterator[tuple[str, Any]]:
                             args,
                         ),
                     )
-        emulating = BACKENDS[backend].interpreted
-        for shape in (LARGE_INTERPRETED if emulating else LARGE)[op.shape_names[-1]]:
+        interpreted = BACKENDS[backend].interpreted
+        for shape in (LARGE_INTERPRETED if interpreted else LARGE)[op.shape_names[-1]]:
             for dtype in op.dtypes:
                 yield (
                     f"{op.name} {dtype} {shape}",
-                    lambda op=op, shape=shape, dtype=dtype: _large(op, shape, dtype, backend),
+                    lambda op=op, shape=shape, dtype=dtype: _random(op, shape, dtype, backend),
                 )
+        for dtype in op.dtypes if interpreted else ():
+            shape = small_tiles.SHAPES[op.shape_names[-1]]
+            yield (
+                f"{op.name} {dtype} {shape} in small tiles",
+                lambda op=op, shape=shape, dtype=dtype: _in_small_tiles(op, shape, dtype, backend),
+            )
 
 
-def _large(op: registry.Op, shape: tuple[int, ...], dtype: torch.dtype, backend: str):
+def _in_small_tiles(op: registry.Op, shape: tuple[int, ...], dtype: torch.dtype, backend: str):
+    with small_tiles.small_tiles():
+        return _random(op, shape, dtype, backend)
+
+
+def _random(op: registry.Op, shape: tuple[int, ...], dtype: torch.dtype, backend: str):
     args = op.benchmark_inputs(shape, dtype, CPU, torch.Generator().manual_seed(0))
 
     def function(*args, **kwargs):

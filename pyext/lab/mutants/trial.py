@@ -92,7 +92,7 @@ _SHARED = {
     "reduce": "mse_loss",
     "reduction": "mse_loss",
     "autograd": "mse_loss",
-    "cooperative_sgd": "sgd_step",
+    "sliced_sgd": "sgd_step",
     "checks": "sgd_step",
     "nn": "test_nn",
     "optim": "test_optim",

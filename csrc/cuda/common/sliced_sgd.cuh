@@ -1,17 +1,22 @@
-// SGD steps of the two-layer network in one cooperative launch, on the sum of squared errors:
+// SGD steps of the two-layer network by slices of w1, on the sum of squared errors:
 //   hidden = relu(x @ w1), g = 2 (hidden @ w2 - y), loss = sum(g^2) / 4, d = (g @ w2^T) masked
 //   w1 -= lr * x^T @ d,    w2 -= lr * hidden^T @ g
 //
 // FLOPs 2NH(2I + 3O) a step; from device memory x, y, w1 and w2 once, and w1 and w2 back. Launch: a
-// block for every eight rows of w1. It keeps them, and the eight columns of x that go with them, in
-// shared memory for all steps: w1 returns to memory after the last one, and a batch that stays the
-// same is read once. (A block for some columns of w1 would read all of x twice a step.)
+// block for every eight rows of w1 and the eight columns of x that go with them. (A block for some
+// columns of w1 would read all of x twice a step.) What a block does has three parts: it leaves
+// x[:, slice] @ w1[slice]; it adds up its share of the hidden layer over all blocks; with all of the
+// hidden layer it computes g and updates its slice of w1. Of the small second layer every block
+// computes g itself, but updates its share of w2 alone.
 //
-// The grid meets twice a step: blocks leave x[:, slice] @ w1[slice], meet, each adds up its share of
-// the hidden layer over all blocks, they meet, and each reads all of it. Of the small second layer
-// every block computes g itself, but updates its share of w2 alone, which the others read after
-// the first meeting of the next step. Nothing is overwritten before a meeting that follows its
-// last read, so that no buffer is needed twice.
+// One cooperative launch (`sgd_steps_kernel`) does all steps. The grid meets between the parts, twice
+// a step. w1 and a batch that stays the same lie in shared memory from the first step to the last. The
+// others read a block's share of w2 after the first meeting of the next step. Nothing is overwritten
+// before a meeting that follows its last read, so that no buffer is needed twice.
+//
+// Where not all blocks can be resident at once, or the device knows no cooperative launch, each part
+// is a launch, three for each step, and w2 as it was is kept for the third. The second and the third
+// overlap the one before where that is possible: they load what no kernel of the step writes.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -62,8 +67,15 @@ struct SgdLayout {
   }
 };
 
-inline LaunchShape sgd_steps_shape(int slices, std::size_t shared_bytes) {
+inline LaunchShape sgd_steps_shape(int64_t slices, std::size_t shared_bytes) {
   return {dim3(static_cast<unsigned>(slices)), dim3(SGD_THREADS), shared_bytes, true};
+}
+
+// Of one of the three launches of a step.
+inline LaunchShape sgd_part_shape(int64_t slices, std::size_t shared_bytes,
+                                  bool overlaps_previous) {
+  return {dim3(static_cast<unsigned>(slices)), dim3(SGD_THREADS), shared_bytes, false,
+          overlaps_previous};
 }
 
 // float64's 32 sums of a thread take twice the registers.
@@ -100,7 +112,7 @@ __device__ __forceinline__ Accumulate<T> descend(Accumulate<T> weight, Accumulat
   return to_accumulate(from_accumulate<T>(weight - lr * gradient));
 }
 
-// What one block does. All sizes but that of the whole input fit 32 bits (sgd_fits_one_launch).
+// What one block does. All sizes but that of the whole input fit 32 bits (sgd_way).
 template <class T>
 class SgdBlock {
  public:
@@ -152,8 +164,14 @@ class SgdBlock {
     }
   }
 
+  // This block's share of w2, as the step found it.
+  __device__ void copy_w2(const Matrix<T>& w2, T* copy) const {
+    const auto [begin, end] = share_of_w2();
+    for (int e = begin + threadIdx.x; e < end; e += SGD_THREADS) copy[e] = *w2.at(e / out_, e % out_);
+  }
+
   // Transposed; zeros in the row that pairs of outputs add.
-  __device__ void load_w2(const Matrix<T>& w2) const {
+  __device__ void load_w2(const Matrix<const T>& w2) const {
     for (int e = threadIdx.x; e < ceil_div(out_, 2) * 2 * layout_.leading; e += SGD_THREADS) {
       const int o = e / layout_.leading, h = e % layout_.leading;
       w2_[e] = o < out_ && h < n_hidden_ ? to_accumulate(*w2.at(h, o)) : Acc(0);
@@ -272,9 +290,7 @@ class SgdBlock {
 
   // This block's share of w2, a warp for each weight.
   __device__ void update_w2(const Matrix<T>& w2, Acc lr) const {
-    const int share = ceil_div(n_hidden_ * out_, static_cast<int>(gridDim.x));
-    const int begin = blockIdx.x * share;
-    const int end = begin + share < n_hidden_ * out_ ? begin + share : n_hidden_ * out_;
+    const auto [begin, end] = share_of_w2();
     for (int e = begin + warp(); e < end; e += SGD_WARPS) {
       const int h = e / out_, o = e % out_;
       Acc sum = 0;
@@ -322,6 +338,15 @@ class SgdBlock {
   }
 
  private:
+  struct Range {
+    int begin, end;
+  };
+  __device__ Range share_of_w2() const {
+    const int all = n_hidden_ * out_, share = ceil_div(all, static_cast<int>(gridDim.x));
+    const int begin = blockIdx.x * share;
+    return {begin, begin + share < all ? begin + share : all};
+  }
+
   static __device__ int lane() { return threadIdx.x % WARP_SIZE; }
   static __device__ int warp() { return threadIdx.x / WARP_SIZE; }
 
@@ -360,7 +385,7 @@ __global__ void __launch_bounds__(SGD_THREADS, SGD_BLOCKS_PER_SM<T>)
     __syncthreads();
     block.multiply_slice(parts + int64_t{blockIdx.x} * block.hidden_quads() * QUAD);
     grid.sync();
-    block.load_w2(w2);
+    block.load_w2(as_const(w2));
     block.add_slices(parts, hidden);
     grid.sync();
     block.load_hidden(hidden);
@@ -378,6 +403,71 @@ __global__ void __launch_bounds__(SGD_THREADS, SGD_BLOCKS_PER_SM<T>)
   block.store_w1(w1);
 }
 
+// The three parts of one step as launches of their own.
+template <class T>
+__global__ void __launch_bounds__(SGD_THREADS, SGD_BLOCKS_PER_SM<T>)
+    sgd_multiply_kernel(const TwoLayerSize size, const Matrix<const T> x, const Matrix<T> w1,
+                        Accumulate<T>* parts) {
+  let_next_kernel_begin();
+  const SgdBlock<T> block(size);
+  block.load_w1(w1);
+  block.load_x(x);
+  __syncthreads();
+  block.multiply_slice(parts + int64_t{blockIdx.x} * block.hidden_quads() * QUAD);
+}
+
+template <class T>
+__global__ void __launch_bounds__(SGD_THREADS, SGD_BLOCKS_PER_SM<T>)
+    sgd_add_kernel(const TwoLayerSize size, const Matrix<T> w2, T* old_w2,
+                   const Accumulate<T>* parts, Accumulate<T>* hidden) {
+  let_next_kernel_begin();
+  const SgdBlock<T> block(size);
+  block.copy_w2(w2, old_w2);
+  wait_for_previous_kernel();
+  block.add_slices(parts, hidden);
+}
+
+// old_w2: contiguous.
+template <class T>
+__global__ void __launch_bounds__(SGD_THREADS, SGD_BLOCKS_PER_SM<T>)
+    sgd_update_kernel(const TwoLayerSize size, const Matrix<const T> x, const Matrix<const T> y,
+                      const Matrix<T> w1, const Matrix<T> w2, Accumulate<T> lr, const T* old_w2,
+                      const Accumulate<T>* hidden, T* loss) {
+  const SgdBlock<T> block(size);
+  block.load_w1(w1);
+  block.load_x(x);
+  block.load_y(y);
+  wait_for_previous_kernel();
+  block.load_w2({old_w2, size.out, 1});
+  block.load_hidden(hidden);
+  __syncthreads();
+  block.compute_g();
+  __syncthreads();
+  if (blockIdx.x == 0) {
+    const Accumulate<T> sum = block.loss();
+    if (threadIdx.x == 0) *loss = from_accumulate<T>(sum);
+  }
+  block.update_w2(w2, lr);
+  block.update_w1(lr);
+  __syncthreads();
+  block.store_w1(w1);
+}
+
+// Lanes lie along a row of w1, one element each.
+template <class T>
+constexpr KernelLimits sgd_multiply_limits() {
+  KernelLimits limits = sgd_steps_limits<T>();
+  limits.load_bytes = sizeof(T);
+  return limits;
+}
+
+template <class T>
+constexpr KernelLimits sgd_update_limits() {
+  KernelLimits limits = sgd_steps_limits<T>();
+  limits.store_bytes = sizeof(T);
+  return limits;
+}
+
 inline int64_t slices_of(const TwoLayerSize& size) { return ceil_div<int64_t>(size.in, SLICE); }
 
 template <class T>
@@ -387,25 +477,27 @@ std::size_t sgd_shared_bytes(const TwoLayerSize& size) {
   return layout.elements * sizeof(Accumulate<T>);
 }
 
-// Whether all steps go in one launch of `sgd_steps_kernel`, on the current device. Else a step is
-// five products, each with a grid of its own.
+// How a step goes, on the current device.
+enum class SgdWay { one_launch, three_launches, five_products };
+
+// By slices:
 //   - Nothing may be empty: the products handle that case.
 //   - The hidden layer, g and w2 fit into 48 KiB of shared memory beside a slice. That also bounds
 //     the work that every block repeats: of g and d, 4 NHO FLOPs, which is 0.26 of 26 MFLOP at
 //     64 x 1000 x 100 x 10 in float32.
 //   - 256 slices at most (I <= 2048): the parts of the hidden layer, N x H for each slice, pass
 //     through L2 twice a step, and beyond that a multiprocessor repeats its work for several blocks.
-//   - All blocks are resident at once, or the grid could never meet.
+// In one launch where all blocks are resident at once, or the grid could never meet.
 template <class T>
-bool sgd_fits_one_launch(const TwoLayerSize& size) {
+SgdWay sgd_way(const TwoLayerSize& size) {
   constexpr int64_t MOST_ELEMENTS = MOST_SHARED_BYTES / sizeof(Accumulate<T>);
   for (const int64_t extent : {size.batch, size.hidden, size.out}) {
-    if (extent == 0 || extent > MOST_ELEMENTS) return false;
+    if (extent == 0 || extent > MOST_ELEMENTS) return SgdWay::five_products;
   }
-  if (size.in == 0 || slices_of(size) > MOST_SLICES) return false;
-  if (size.batch * size.hidden > MOST_ELEMENTS || size.hidden * size.out > MOST_ELEMENTS ||
-      size.batch * size.out > MOST_ELEMENTS || sgd_shared_bytes<T>(size) > MOST_SHARED_BYTES) {
-    return false;
+  if (size.in == 0 || slices_of(size) > MOST_SLICES || size.batch * size.hidden > MOST_ELEMENTS ||
+      size.hidden * size.out > MOST_ELEMENTS || size.batch * size.out > MOST_ELEMENTS ||
+      sgd_shared_bytes<T>(size) > MOST_SHARED_BYTES) {
+    return SgdWay::five_products;
   }
   int device = 0, can_cooperate = 0, multiprocessors = 0, blocks = 0;
   PYEXT_CHECK_CUDA(cudaGetDevice(&device));
@@ -414,21 +506,48 @@ bool sgd_fits_one_launch(const TwoLayerSize& size) {
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   PYEXT_CHECK_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
       &blocks, sgd_steps_kernel<T>, SGD_THREADS, sgd_shared_bytes<T>(size)));
-  return can_cooperate && slices_of(size) <= int64_t{blocks} * multiprocessors;
+  const bool all_resident = slices_of(size) <= int64_t{blocks} * multiprocessors;
+  return can_cooperate && all_resident ? SgdWay::one_launch : SgdWay::three_launches;
 }
 
-// `steps` steps, at least one, of a size that fits one launch; losses[steps].
+// What the blocks leave for each other, of a size that goes by slices.
+template <class T>
+struct SgdExchange {
+  Accumulate<T>* parts;   // of the hidden layer, in whole quads, for each block
+  Accumulate<T>* hidden;  // likewise, once
+
+  SgdExchange(const TwoLayerSize& size, Scratch& scratch) {
+    const int64_t elements = size.batch * ceil_div<int64_t>(size.hidden, QUAD) * QUAD;
+    parts = scratch.allocate<Accumulate<T>>(slices_of(size) * elements);
+    hidden = scratch.allocate<Accumulate<T>>(elements);
+  }
+};
+
+// `steps` steps, at least one; losses[steps].
 template <class T>
 void sgd_steps_in_one_launch(const TwoLayerSize& size, const SgdBatches<T>& batches,
                              const Matrix<T>& w1, const Matrix<T>& w2, double lr, int64_t steps,
                              T* losses, Scratch& scratch, cudaStream_t stream) {
-  using Acc = Accumulate<T>;
-  const int slices = static_cast<int>(slices_of(size));
-  const int64_t elements = size.batch * ceil_div<int64_t>(size.hidden, QUAD) * QUAD;
-  Acc* parts = scratch.allocate<Acc>(slices * elements);
-  Acc* hidden = scratch.allocate<Acc>(elements);
-  launch(sgd_steps_kernel<T>, sgd_steps_shape(slices, sgd_shared_bytes<T>(size)), stream, size,
-         batches, w1, w2, static_cast<Acc>(lr), steps, parts, hidden, losses);
+  const SgdExchange<T> exchange(size, scratch);
+  launch(sgd_steps_kernel<T>, sgd_steps_shape(slices_of(size), sgd_shared_bytes<T>(size)), stream,
+         size, batches, w1, w2, static_cast<Accumulate<T>>(lr), steps, exchange.parts,
+         exchange.hidden, losses);
+}
+
+template <class T>
+void sgd_step_in_three_launches(const TwoLayerSize& size, const Matrix<const T>& x,
+                                const Matrix<const T>& y, const Matrix<T>& w1, const Matrix<T>& w2,
+                                double lr, T* loss, Scratch& scratch, cudaStream_t stream) {
+  const SgdExchange<T> exchange(size, scratch);
+  T* old_w2 = scratch.allocate<T>(size.hidden * size.out);
+  const auto shape = [&](bool overlaps_previous) {
+    return sgd_part_shape(slices_of(size), sgd_shared_bytes<T>(size), overlaps_previous);
+  };
+  launch(sgd_multiply_kernel<T>, shape(false), stream, size, x, w1, exchange.parts);
+  launch(sgd_add_kernel<T>, shape(true), stream, size, w2, old_w2, exchange.parts,
+         exchange.hidden);
+  launch(sgd_update_kernel<T>, shape(true), stream, size, x, y, w1, w2,
+         static_cast<Accumulate<T>>(lr), old_w2, exchange.hidden, loss);
 }
 
 }  // namespace pyext
