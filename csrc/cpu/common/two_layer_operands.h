@@ -3,6 +3,7 @@
 
 #include "common/buffer.h"
 #include "common/matrix.h"
+#include "common/phases.h"
 #include "common/tensors.h"
 
 namespace pyext {
