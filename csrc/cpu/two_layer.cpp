@@ -63,25 +63,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> two_layer_backward(
       if (need_x || need_w1 || need_b1) {
         const Buffer<Acc> workspace(n * n_hidden);
         const auto d = dense_view(workspace.get(), n, n_hidden);
-        const auto to_d = [&](const auto& rows) {
-          kernels::product_of_rows<Acc>(rows, view<T>(grad_out), view<T>(w2).transposed(),
-                                        kernels::StoreWhereActive<Acc, T>{
-                                            extra ? extra->const_data_ptr<T>() : nullptr,
-                                            view<T>(dense_hidden), d});
-        };
-        if (need_w1 && need_w2)
-          kernels::backward_by_rows<Acc>(view<T>(x), view<T>(hidden), as_const(d),
-                                         view<T>(grad_out), Parallel{}, to_d,
-                                         Store{nullptr, mutable_view<T>(grad_w1)},
-                                         Store{nullptr, mutable_view<T>(grad_w2)});
-        else
-          to_d(kernels::Rows<Parallel>{0, n, Parallel{}});
-        if (need_w1 && !need_w2)
-          kernels::weight_product<Acc>(view<T>(x), as_const(d), Parallel{},
-                                       Store{nullptr, mutable_view<T>(grad_w1)});
+        kernels::product<Acc>(view<T>(grad_out), view<T>(w2).transposed(), Parallel{},
+                              kernels::StoreWhereActive<Acc, T>{
+                                  extra ? extra->const_data_ptr<T>() : nullptr,
+                                  view<T>(dense_hidden), d});
         if (need_x)
           kernels::product<Acc>(as_const(d), view<T>(w1).transposed(), Parallel{},
                                 Store{nullptr, mutable_view<T>(grad_x)});
+        if (need_w1 && need_w2)
+          kernels::weight_products<Acc>(view<T>(x), view<T>(hidden), as_const(d),
+                                        view<T>(grad_out), Parallel{},
+                                        Store{nullptr, mutable_view<T>(grad_w1)},
+                                        Store{nullptr, mutable_view<T>(grad_w2)});
+        else if (need_w1)
+          kernels::weight_product<Acc>(view<T>(x), as_const(d), Parallel{},
+                                       Store{nullptr, mutable_view<T>(grad_w1)});
         if (need_b1)
           kernels::column_sums<Acc>(as_const(d), grad_b1.mutable_data_ptr<T>(), Parallel{});
       }

@@ -69,6 +69,46 @@ void forward_by_rows(const Matrix<const T>& x, const Matrix<const T>& w1,
   });
 }
 
+// Whether a step takes `forward_by_halves`.
+template <class Acc, class T>
+bool goes_by_halves(const Matrix<const T>& x, const Matrix<const T>& w1,
+                    const Matrix<const T>& w2) {
+  return is_copied_by_each(w2) && needs_no_packing<Acc>(x, w1);
+}
+
+// The same for a step that updates w1. Each half of the threads keeps to one half of the depth, here
+// and in the update: w1 is 400 KB at 64 x 1000 x 100, and half of it would otherwise have to come
+// from the other core's cache after every step (a step of 288 µs takes 184, seen on two Zen 4 cores
+// while eager took 550). Whoever works, an element is the sum of its two halves.
+template <class Acc, class TIn, class T, class Parallel, class Rest>
+void forward_by_halves(const Matrix<const TIn>& x, const Matrix<const TIn>& w1,
+                       const Matrix<T>& hidden, const Parallel& parallel, const Rest& rest) {
+  const int64_t n = x.rows, n_hidden = w1.columns;
+  const int64_t threads = n * n_hidden * x.columns < kSerialWork ? 1 : parallel.threads;
+  const int64_t groups = std::clamp<int64_t>(threads / 2, 1, std::max<int64_t>(n / kSlab, 1));
+  const Buffer<Acc> sums(2 * n * n_hidden);
+  parallel(2 * groups, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t half = task / groups;
+      const auto [row, row_end] = share_of(n, task % groups, groups);
+      const auto [k, k_end] = share_of(x.columns, half, 2);
+      Acc* out = sums.get() + half * n * n_hidden;
+      product_of_rows<Acc>(Rows<Parallel>{row, row_end, Parallel{1}}, x.column_range(k, k_end),
+                           w1.row_range(k, k_end),
+                           [&](int64_t i, int64_t j, int64_t count, const Acc* from) {
+                             std::copy_n(from, count, out + i * n_hidden + j);
+                           });
+    }
+  });
+  for_rows(n, threads, parallel, [&](const auto& rows) {
+    for (int64_t i = rows.begin * n_hidden; i < rows.end * n_hidden; ++i) {
+      const Acc sum = sums.get()[i] + sums.get()[n * n_hidden + i];
+      hidden.data[i] = T(sum < 0 ? Acc(0) : sum);
+    }
+    rest(rows);
+  });
+}
+
 // out = sums + bias
 template <class Acc, class T>
 struct StoreWithBias {
@@ -205,126 +245,31 @@ void weight_product(const Matrix<const TA>& a, const Matrix<const TB>& b, const 
     product<Acc>(a.transposed(), b, parallel, epilogue);
 }
 
-// epilogue1(xᵀ @ d) and epilogue2(hiddenᵀ @ grad_out), the gradients of w1 and w2, without shared
-// packing, in tasks: each takes some rows of both.
-template <class Acc, class T, class TGrad, class Epilogue1, class Epilogue2>
-class WeightTasks {
- public:
-  WeightTasks(const Matrix<const T>& x, const Matrix<const T>& hidden, const Matrix<const Acc>& d,
-              const Matrix<const TGrad>& grad_out, int64_t wanted, const Epilogue1& epilogue1,
-              const Epilogue2& epilogue2)
-      : tasks(std::clamp<int64_t>(x.columns / kSlab, 1, wanted)),
-        x_t_(x.transposed()),
-        hidden_t_(hidden.transposed()),
-        d_(d),
-        grad_out_(grad_out),
-        epilogue1_(epilogue1),
-        epilogue2_(epilogue2) {}
-
-  // Whether this is possible.
-  bool need_no_packing() const {
-    return needs_no_packing<Acc>(x_t_, d_) && !epilogue1_.is_by_columns() &&
-           !epilogue2_.is_by_columns();
-  }
-
-  template <class Parallel>
-  void run(int64_t task, const Parallel& alone) const {
-    const auto [k, k_end] = share_of(x_t_.rows, task, tasks);
-    product<Acc>(x_t_.row_range(k, k_end), d_, alone, epilogue1_.from_row(k));
-    const auto [j, j_end] = share_of(hidden_t_.rows, task, tasks);
-    product<Acc>(hidden_t_.row_range(j, j_end), grad_out_, alone, epilogue2_.from_row(j));
-  }
-
-  const int64_t tasks;
-
- private:
-  const Matrix<const T> x_t_, hidden_t_;
-  const Matrix<const Acc> d_;
-  const Matrix<const TGrad> grad_out_;
-  const Epilogue1 epilogue1_;
-  const Epilogue2 epilogue2_;
-};
-
-// Tasks of a long phase for each thread, so that one which is held up leaves a part to the others.
-constexpr int64_t kTasksOfThread = 2;
-
-// to_d(rows), which makes rows of d from rows of grad_out, and then the gradients of both weights.
-template <class Acc, class T, class TGrad, class Parallel, class ToD, class Epilogue1,
-          class Epilogue2>
-void backward_by_rows(const Matrix<const T>& x, const Matrix<const T>& hidden,
-                      const Matrix<const Acc>& d, const Matrix<const TGrad>& grad_out,
-                      const Parallel& parallel, const ToD& to_d, const Epilogue1& epilogue1,
-                      const Epilogue2& epilogue2) {
-  const int64_t work = d.rows * d.columns * (x.columns + grad_out.columns);
-  const int64_t threads = work < kSerialWork ? 1 : parallel.threads;
-  const WeightTasks<Acc, T, TGrad, Epilogue1, Epilogue2> weights(
-      x, hidden, d, grad_out, kTasksOfThread * threads, epilogue1, epilogue2);
-  if (!weights.need_no_packing()) {
-    to_d(Rows<Parallel>{0, d.rows, parallel});
+// epilogue1(xᵀ @ d) and epilogue2(hiddenᵀ @ grad_out), the gradients of w1 and w2. Where neither
+// needs shared packing they are one parallel region, in which each thread takes some rows of both: of
+// w1 those of its half of the depth in forward_by_halves.
+template <class Acc, class T, class TGrad, class Parallel, class Epilogue1, class Epilogue2>
+void weight_products(const Matrix<const T>& x, const Matrix<const T>& hidden,
+                     const Matrix<const Acc>& d, const Matrix<const TGrad>& grad_out,
+                     const Parallel& parallel, const Epilogue1& epilogue1,
+                     const Epilogue2& epilogue2) {
+  const auto x_t = x.transposed(), hidden_t = hidden.transposed();
+  if (!needs_no_packing<Acc>(x_t, d) || epilogue1.is_by_columns() || epilogue2.is_by_columns()) {
     weight_product<Acc>(x, d, parallel, epilogue1);
     weight_product<Acc>(hidden, grad_out, parallel, epilogue2);
     return;
   }
-  const int64_t shares = std::clamp<int64_t>(d.rows / kSlab, 1, threads);
-  const auto make_d = [&](int64_t task) {
-    const auto [row, row_end] = share_of(d.rows, task, shares);
-    to_d(Rows<Parallel>{row, row_end, Parallel{1}});
-  };
-  const auto make_weights = [&](int64_t task) { weights.run(task, Parallel{1}); };
-  run_phases({{shares, make_d}, {weights.tasks, make_weights}}, threads, parallel);
-}
-
-// Whether a step takes `step_by_halves`.
-template <class Acc, class T, class Epilogue1, class Epilogue2>
-bool goes_by_halves(const Matrix<const T>& x, const Matrix<const T>& w1, const Matrix<const T>& w2,
-                    const Matrix<const Acc>& d, const Epilogue1& epilogue1,
-                    const Epilogue2& epilogue2) {
-  return is_copied_by_each(w2) && needs_no_packing<Acc>(x, w1) &&
-         needs_no_packing<Acc>(x.transposed(), d) && !epilogue1.is_by_columns() &&
-         !epilogue2.is_by_columns();
-}
-
-// A step that updates both weights: hidden = relu(x @ w1), then rest(rows), which makes rows of
-// grad_out and d, then the epilogues. Each half of the threads keeps to one half of the depth, in the
-// first product and in the update: w1 is 400 KB at 64 x 1000 x 100, and half of it would otherwise
-// have to come from the other core's cache after every step (a step of 288 µs takes 184, seen on two
-// Zen 4 cores while eager took 550). Whoever works, an element is the sum of its two halves.
-template <class Acc, class TIn, class T, class TGrad, class Parallel, class Rest, class Epilogue1,
-          class Epilogue2>
-void step_by_halves(const Matrix<const TIn>& x, const Matrix<const TIn>& w1,
-                    const Matrix<T>& hidden, const Matrix<const Acc>& d,
-                    const Matrix<const TGrad>& grad_out, const Parallel& parallel, const Rest& rest,
-                    const Epilogue1& epilogue1, const Epilogue2& epilogue2) {
-  const int64_t n = x.rows, n_hidden = w1.columns, slabs = std::max<int64_t>(n / kSlab, 1);
-  const int64_t threads = n * n_hidden * x.columns < kSerialWork ? 1 : parallel.threads;
-  const int64_t groups = std::clamp<int64_t>(kTasksOfThread * threads / 2, 1, slabs);
-  const Buffer<Acc> sums(2 * n * n_hidden);
-  const auto multiply_half = [&](int64_t task) {
-    const int64_t half = task / groups;
-    const auto [row, row_end] = share_of(n, task % groups, groups);
-    const auto [k, k_end] = share_of(x.columns, half, 2);
-    Acc* out = sums.get() + half * n * n_hidden;
-    product_of_rows<Acc>(Rows<Parallel>{row, row_end, Parallel{1}}, x.column_range(k, k_end),
-                         w1.row_range(k, k_end),
-                         [&](int64_t i, int64_t j, int64_t count, const Acc* from) {
-                           std::copy_n(from, count, out + i * n_hidden + j);
-                         });
-  };
-  const int64_t shares = std::min(slabs, threads);
-  const auto add_halves = [&](int64_t task) {
-    const auto [row, row_end] = share_of(n, task, shares);
-    for (int64_t i = row * n_hidden; i < row_end * n_hidden; ++i) {
-      const Acc sum = sums.get()[i] + sums.get()[n * n_hidden + i];
-      hidden.data[i] = T(sum < 0 ? Acc(0) : sum);
+  const int64_t threads =
+      d.rows * d.columns * (x.columns + grad_out.columns) < kSerialWork ? 1 : parallel.threads;
+  const int64_t tasks = std::min(threads, std::max<int64_t>(x.columns / kSlab, 1));
+  parallel(tasks, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const auto [k, k_end] = share_of(x.columns, task, tasks);
+      product<Acc>(x_t.row_range(k, k_end), d, Parallel{1}, epilogue1.from_row(k));
+      const auto [j, j_end] = share_of(hidden.columns, task, tasks);
+      product<Acc>(hidden_t.row_range(j, j_end), grad_out, Parallel{1}, epilogue2.from_row(j));
     }
-    rest(Rows<Parallel>{row, row_end, Parallel{1}});
-  };
-  const WeightTasks<Acc, TIn, TGrad, Epilogue1, Epilogue2> weights(
-      x, {hidden.data, n, n_hidden, n_hidden, 1}, d, grad_out, kTasksOfThread * threads, epilogue1,
-      epilogue2);
-  const auto update = [&](int64_t task) { weights.run(task, Parallel{1}); };
-  run_phases({{2 * groups, multiply_half}, {shares, add_halves}, {weights.tasks, update}}, threads,
-             parallel);
+  });
 }
 
 // out[j] = Σ_i values(i, j), each column's sum in the order of its rows

@@ -30,17 +30,15 @@ T sgd_step(const Matrix<const T>& x, const Matrix<const T>& y, const Matrix<T>& 
       kernels::product_of_rows<Acc>(rows, as_const(hidden), old_w2, store_error);
       kernels::product_of_rows<Acc>(rows, as_const(grad_out), old_w2.transposed(), store_d);
     };
-    const kernels::Descend<Acc, T> update_w1{w1, Acc(lr)}, update_w2{w2, Acc(lr)};
-    if (kernels::goes_by_halves<Acc>(x, old_w1, old_w2, as_const(d), update_w1, update_w2)) {
-      kernels::step_by_halves<Acc>(x, old_w1, hidden, as_const(d), as_const(grad_out), Parallel{},
-                                   rest, update_w1, update_w2);
-    } else {
+    if (kernels::goes_by_halves<Acc>(x, old_w1, old_w2))
+      kernels::forward_by_halves<Acc>(x, old_w1, hidden, Parallel{}, rest);
+    else
       kernels::forward_by_rows<Acc>(x, old_w1, old_w2, Parallel{},
                                     kernels::StoreReluWithBias<Acc, T>{nullptr, hidden}, rest);
-      // From here on the weights change: all that read them is done.
-      kernels::weight_product<Acc>(x, as_const(d), Parallel{}, update_w1);
-      kernels::weight_product<Acc>(as_const(hidden), as_const(grad_out), Parallel{}, update_w2);
-    }
+    // From here on the weights change: all that read them is done.
+    kernels::weight_products<Acc>(x, as_const(hidden), as_const(d), as_const(grad_out), Parallel{},
+                                  kernels::Descend<Acc, T>{w1, Acc(lr)},
+                                  kernels::Descend<Acc, T>{w2, Acc(lr)});
     for (const double each : partial_sums) sum += each;
   });
   return T(Acc(sum));

@@ -7,7 +7,6 @@
 #include "check.h"
 #include "common/buffer.h"
 #include "common/matrix.h"
-#include "common/phases.h"
 
 #define PYEXT_KERNELS "two_layer.h"
 #include "common/for_each_isa.h"
@@ -17,7 +16,7 @@ namespace {
 using pyext::Matrix;
 
 // Runs the tasks one after another in as many shares as there are threads, the last share first: none
-// may need what another one does. (Of phases, the last thread takes all tasks, from its own on.)
+// may need what another one does.
 struct Backwards {
   int64_t threads;
   template <class Body>
@@ -55,7 +54,7 @@ void check_step(int64_t n, int64_t n_in, int64_t n_hidden, int64_t n_out, int64_
   const Values<T> x(n, n_in, 3), y(n, n_out, 2), w1_before(n_in, n_hidden, 7, w1_by_columns);
   const Values<T> w2_before(n_hidden, n_out, 3, w2_by_columns);
   Values<T> w1 = w1_before, w2 = w2_before, hidden(n, n_hidden), grad_out(n, n_out), d(n, n_hidden);
-  Values<T> other_d = d, g1(n_in, n_hidden, 0, w1_by_columns), g2(n_hidden, n_out, 0, w2_by_columns);
+  Values<T> g1(n_in, n_hidden, 0, w1_by_columns), g2(n_hidden, n_out, 0, w2_by_columns);
   const T lr = T(0.5);
   PYEXT_ON_BEST_ISA({
     const int64_t partials = pyext::divide_up(n_out, kernels::Vector<T>::lanes);
@@ -67,25 +66,17 @@ void check_step(int64_t n, int64_t n_in, int64_t n_hidden, int64_t n_out, int64_
       kernels::product_of_rows<T>(rows, hidden.view(), w2.view(), store_error);
       kernels::product_of_rows<T>(rows, grad_out.view(), w2.view().transposed(), store_d);
     };
-    const kernels::Descend<T, T> update_w1{w1.matrix(), lr}, update_w2{w2.matrix(), lr};
-    const Backwards parallel{threads};
-    if (by_halves) {
-      kernels::step_by_halves<T>(x.view(), w1.view(), hidden.matrix(), d.view(), grad_out.view(),
-                                 parallel, rest, update_w1, update_w2);
-    } else {
-      kernels::forward_by_rows<T>(x.view(), w1.view(), w2.view(), parallel,
+    if (by_halves)
+      kernels::forward_by_halves<T>(x.view(), w1.view(), hidden.matrix(), Backwards{threads}, rest);
+    else
+      kernels::forward_by_rows<T>(x.view(), w1.view(), w2.view(), Backwards{threads},
                                   kernels::StoreReluWithBias<T, T>{nullptr, hidden.matrix()}, rest);
-      kernels::weight_product<T>(x.view(), d.view(), parallel, update_w1);
-      kernels::weight_product<T>(hidden.view(), grad_out.view(), parallel, update_w2);
-    }
-    kernels::backward_by_rows<T>(
-        x.view(), hidden.view(), other_d.view(), grad_out.view(), parallel,
-        [&](const auto& rows) {
-          const kernels::StoreWhereActive<T, T> store{nullptr, hidden.view(), other_d.matrix()};
-          kernels::product_of_rows<T>(rows, grad_out.view(), w2_before.view().transposed(), store);
-        },
-        kernels::StoreWithBias<T, T>{nullptr, g1.matrix()},
-        kernels::StoreWithBias<T, T>{nullptr, g2.matrix()});
+    kernels::weight_products<T>(x.view(), hidden.view(), d.view(), grad_out.view(),
+                                Backwards{threads}, kernels::StoreWithBias<T, T>{nullptr, g1.matrix()},
+                                kernels::StoreWithBias<T, T>{nullptr, g2.matrix()});
+    kernels::weight_products<T>(x.view(), hidden.view(), d.view(), grad_out.view(),
+                                Backwards{threads}, kernels::Descend<T, T>{w1.matrix(), lr},
+                                kernels::Descend<T, T>{w2.matrix(), lr});
   });
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = 0; j < n_hidden; ++j) {
@@ -93,7 +84,7 @@ void check_step(int64_t n, int64_t n_in, int64_t n_hidden, int64_t n_out, int64_
       for (int64_t k = 0; k < n_in; ++k) sum += x.view()(i, k) * w1_before.view()(k, j);
       CHECK(hidden(i, j) == std::max(sum, T(0)));
       for (int64_t k = 0; k < n_out; ++k) back += grad_out(i, k) * w2_before.view()(j, k);
-      CHECK(d(i, j) == (sum > 0 ? back : T(0)) && other_d(i, j) == d(i, j));
+      CHECK(d(i, j) == (sum > 0 ? back : T(0)));
     }
   for (int64_t i = 0; i < n; ++i)
     for (int64_t k = 0; k < n_out; ++k) {

@@ -3,7 +3,6 @@
 
 #include "common/buffer.h"
 #include "common/matrix.h"
-#include "common/phases.h"
 #include "common/tensors.h"
 
 namespace pyext {
