@@ -6,10 +6,12 @@ import csv
 import dataclasses
 import gc
 import io
+import itertools
 import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from torch.profiler import profile
 
 from pyext import registry
 from pyext.backends import backends
-from pyext.lab import check, measure, report, results, roofline
+from pyext.lab import check, cores, measure, report, results, roofline
 from pyext.lab.cases import Case, Inputs, backend_variant
 from pyext.lab.measure import Effort, Samples, Subject, ratio_of_medians
 from pyext.lab.peers import Peers
@@ -80,6 +82,18 @@ class TestRatio:
             ratio_of_medians(made_up(1), made_up(1, blocks=19), paired=True, seed=0)
 
 
+class Watch:
+    """Answers as told, and False when there are no more answers."""
+
+    def __init__(self, answers):
+        self.answers, self.asked, self.last = iter(answers), 0, False
+
+    def disturbed(self):
+        self.asked += 1
+        self.last = next(self.answers, False)
+        return self.last
+
+
 class TestMeasure:
     def test_interleaves_in_blocks_and_prepares_every_batch(self):
         log: list[tuple[str, str, int]] = []
@@ -104,6 +118,43 @@ class TestMeasure:
             assert prepared == sum(1 for who, what, _ in log if (who, what) == (name, "call"))
         turns = [who for i, (who, _, _) in enumerate(batches) if i == 0 or batches[i - 1][0] != who]
         assert len(turns) >= 2 * TINY.blocks - TINY.blocks // 2, "they took turns"
+
+    def test_disturbed_blocks_are_taken_anew_for_all(self, monkeypatch):
+        """Two subjects: the watch is asked before each and at the end of a block."""
+        watch = Watch([False] * 3 + [False, True, False] + [False] * 6 + [True])
+        monkeypatch.setattr(measure, "CoreWatch", lambda: watch)
+        slow_while_disturbed = [
+            Subject(name, lambda: time.sleep(0.05 * watch.last), max_batch=1) for name in "ab"
+        ]
+        patient = dataclasses.replace(TINY, patience_s=60.0)
+        timed = measure.measure(slow_while_disturbed, "host", patient, device=CPU, seed=0)
+        assert watch.asked == (TINY.blocks + 2) * 3
+        for samples in timed.values():
+            assert samples.disturbed_blocks == 0
+            assert samples.seconds.shape[0] == TINY.blocks
+            assert samples.seconds.max() < 0.05
+
+    def test_patience_ends_and_what_is_kept_is_counted(self, monkeypatch):
+        monkeypatch.setattr(measure, "CoreWatch", lambda: Watch(itertools.repeat(True)))
+        subject = Subject("a", lambda: None, max_batch=1)
+        for patience_s in (0.0, 0.05):
+            effort = dataclasses.replace(TINY, patience_s=patience_s)
+            timed = measure.measure([subject], "host", effort, device=CPU, seed=0)
+            assert timed["a"].disturbed_blocks == TINY.blocks
+            assert timed["a"].seconds.shape[0] == TINY.blocks
+
+    def test_a_watch_compares_with_the_least_time_that_any_process_knows(self, monkeypatch):
+        monkeypatch.setattr(cores, "_fastest_s", {})
+        watch = cores.CoreWatch()
+        threads = str(torch.get_num_threads())
+        assert set(cores.known()) == {threads}
+        least = cores.known()[threads]
+        cores.learn({threads: 2 * least, "77": 1.0})
+        assert cores.known() == {threads: least, "77": 1.0}
+        cores.learn({threads: least / 100})
+        assert watch.disturbed()
+        monkeypatch.setattr(watch, "_seconds", lambda: 1.2 * least / 100)
+        assert not watch.disturbed()
 
     def test_the_garbage_collector_rests_and_comes_back(self):
         seen = []

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import torch
 
 from pyext import registry
-from pyext.lab import environment, measure
+from pyext.lab import cores, environment, measure
 from pyext.lab.cases import ALLOCATED, PREALLOCATED, Case, Inputs, backend_variant
 from pyext.lab.measure import Effort
 from pyext.lab.peers import Peers
@@ -71,6 +71,7 @@ def time_apart(
             "variants": [list(names) for _, names in jobs],
             "effort": asdict(effort),
             "seed": seed,
+            "cores": cores.known(),
         }
 
     def outcomes(names: Sequence[str], answer: Any) -> list[Outcome]:
@@ -252,6 +253,7 @@ def main() -> None:
     environment.use_full_precision()
     send(json.dumps("started"))
     seed = request["seed"]
+    cores.learn(request.get("cores", {}))
     peers, inputs, key = Peers(), None, None
     if any(case["outputs"] == PREALLOCATED for case in request["cases"]):
         measure.map_memory()

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyext.lab.cores import CoreWatch
+
 CLOCKS = {"cpu": ("host",), "cuda": ("device_cold", "device_warm", "host")}
 """Device type -> the clocks that exist there."""
 
@@ -45,6 +47,9 @@ class Effort:
     warmup_s: float
     measure_s: float
     blocks: int = 10
+    patience_s: float = 0.0
+    """On a CPU: for how long, for all variants of a case together, blocks are taken anew during
+    which the threads had no cores of their own (``cores``)."""
 
 
 @dataclass
@@ -74,6 +79,8 @@ class Samples:
 
     seconds: np.ndarray
     calls_per_sample: int
+    disturbed_blocks: int = 0
+    """How many blocks were kept, for want of time, although they were disturbed (``cores``)."""
 
     @property
     def median(self) -> float:
@@ -86,12 +93,12 @@ class Samples:
 
     def to_json(self) -> dict[str, Any]:
         """For another process; :meth:`from_json` reads it."""
-        return {"seconds": self.seconds.tolist(), "calls_per_sample": self.calls_per_sample}
+        return {**vars(self), "seconds": self.seconds.tolist()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Samples:
         """The inverse of :meth:`to_json`."""
-        return cls(np.array(data["seconds"]), data["calls_per_sample"])
+        return cls(**{**data, "seconds": np.array(data["seconds"])})
 
 
 @dataclass(frozen=True)
@@ -168,6 +175,7 @@ def measure(
     """
     sample, results = _sampler(clock, subjects, device)
     ready = [subject for subject in subjects if subject.name not in results]
+    watch = CoreWatch() if device.type == "cpu" else None
     with _no_garbage_collection():
         calls = {s.name: _warm_up(s, sample, effort.warmup_s) for s in ready}
         batch_s = {s.name: calls[s.name] * sample(s, calls[s.name]) for s in ready}
@@ -175,19 +183,36 @@ def measure(
         # Equally many blocks for all, so that blocks pair; the slow ones then have one sample each.
         blocks = min([effort.blocks, *counts.values()])
         seconds = {s.name: [] for s in ready}
+        disturbed_blocks = 0
         order = np.random.default_rng(seed)
+
+        def settled_and_disturbed() -> bool:
+            if watch is None:
+                return False
+            time.sleep(_SETTLE_S)  # the previous subject's threads fall asleep
+            return watch.disturbed()
+
+        patience_s = effort.patience_s
         for _ in range(blocks):
-            for index in order.permutation(len(ready)):
-                subject = ready[index]
-                n = calls[subject.name]
-                if device.type == "cpu":
-                    time.sleep(_SETTLE_S)  # the previous subject's threads fall asleep
-                if batch_s[subject.name] < _LONG_S:
-                    sample(subject, n)  # brings this one's data and threads back
-                repeats = max(1, counts[subject.name] // blocks)
-                seconds[subject.name].append([sample(subject, n) for _ in range(repeats)])
+            while True:
+                start, disturbed, block = time.perf_counter(), False, {}
+                for index in order.permutation(len(ready)):
+                    subject = ready[index]
+                    n = calls[subject.name]
+                    disturbed |= settled_and_disturbed()
+                    if batch_s[subject.name] < _LONG_S:
+                        sample(subject, n)  # brings this one's data and threads back
+                    repeats = max(1, counts[subject.name] // blocks)
+                    block[subject.name] = [sample(subject, n) for _ in range(repeats)]
+                disturbed |= settled_and_disturbed()
+                if not disturbed or patience_s <= 0:
+                    break
+                patience_s -= time.perf_counter() - start
+            disturbed_blocks += disturbed
+            for name, times in block.items():
+                seconds[name].append(times)
     for name, each in seconds.items():
-        results[name] = Samples(np.array(each), sample.batch(name, calls[name]))
+        results[name] = Samples(np.array(each), sample.batch(name, calls[name]), disturbed_blocks)
     return results
 
 

@@ -39,6 +39,7 @@ COLUMNS = (
     "alone_median_s",
     "samples",
     "calls_per_sample",
+    "disturbed_blocks",
     "ratio_vs_eager",
     "ratio_ci",
     "verdict",
@@ -104,6 +105,7 @@ def fill_times(
         "alone_median_s": None if alone is None else alone.median,
         "samples": int(best.seconds.size),
         "calls_per_sample": best.calls_per_sample,
+        "disturbed_blocks": best.disturbed_blocks,
     }
     if row["variant"] == "eager":
         row |= {"ratio_vs_eager": 1.0, "ratio_ci": [1.0, 1.0], "verdict": "baseline"}

@@ -13,8 +13,8 @@ from pyext.lab.cases import Case, Inputs, Variant, backend_variant
 from pyext.lab.measure import Effort, Samples
 from pyext.lab.peers import Peers, Unavailable, kind_of
 
-QUICK = Effort(warmup_s=0.03, measure_s=0.12)
-FULL = Effort(warmup_s=0.2, measure_s=0.6, blocks=20)
+QUICK = Effort(warmup_s=0.03, measure_s=0.12, patience_s=0.2)
+FULL = Effort(warmup_s=0.2, measure_s=0.6, blocks=20, patience_s=4.0)
 
 
 @dataclass
