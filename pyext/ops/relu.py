@@ -43,22 +43,35 @@ def relu(x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     uint64 are refused. A contiguous result of 16 MiB or more may be changed in place before
     backward, which does not need it.
     """
+    compiling = is_compiling()
+    if not isinstance(x, torch.Tensor) or x.dtype not in _DTYPES or compiling:
+        _check(x)
+    chosen = select(backend, x.device, "relu")
+    if chosen.namespace is None:
+        _check(x)
+        return eager(x)
+    try:
+        if (
+            not compiling  # which would hold on to the answer about a size
+            and x.nbytes >= MASKED_BYTES
+            and x.requires_grad
+            and x.is_contiguous()
+            and torch.is_grad_enabled()
+        ):
+            return _relu_with_mask(chosen.raw, x)[0]
+        return _relu(chosen.raw, x)
+    except (
+        Exception
+    ):  # no raw op takes another layout; asked before, it is 1 of a small call's 35 µs
+        _checks.say_better(_check, x)
+        raise
+
+
+def _check(x: torch.Tensor) -> None:
     _checks.tensor("relu", "x", x)
     if x.dtype not in _DTYPES:
         accepted = ", ".join(map(str, _DTYPES))
         raise NotImplementedError(f"relu(): not implemented for {x.dtype}; accepted are {accepted}")
-    chosen = select(backend, x.device, "relu")
-    if chosen.namespace is None:
-        return eager(x)
-    if (
-        x.requires_grad
-        and not is_compiling()  # which would hold on to the answer about a size
-        and x.numel() * x.element_size() >= MASKED_BYTES
-        and x.is_contiguous()
-        and torch.is_grad_enabled()
-    ):
-        return _relu_with_mask(chosen.raw, x)[0]
-    return _relu(chosen.raw, x)
 
 
 def eager(x: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pyext.backends import select
 from pyext.ops import _checks, _two_layer
 from pyext.ops import two_layer as _network
+from pyext.ops._autograd import direct
 from pyext.registry import Cost, ErrorInput, Op, RawOp, SampleInput
 
 
@@ -78,12 +79,13 @@ def _step(op: str, x, y, w1, w2, lr: float, backend: str | None) -> torch.Tensor
     if chosen.namespace is None:
         with torch.autocast(x.device.type, enabled=False):
             return eager(x, y, w1, w2, lr)
+    raw = direct(chosen.raw)
     weights_vary = w1.requires_grad or w2.requires_grad
     if (weights_vary or x.requires_grad or y.requires_grad) and torch.is_grad_enabled():
         with torch.no_grad():
-            loss = chosen.raw.two_layer_sgd_step(x, y, w1, w2, lr)
+            loss = raw.two_layer_sgd_step(x, y, w1, w2, lr)
     else:
-        loss = chosen.raw.two_layer_sgd_step(x, y, w1, w2, lr)
+        loss = raw.two_layer_sgd_step(x, y, w1, w2, lr)
     _checks.count_update(w1, w2)
     return loss
 
