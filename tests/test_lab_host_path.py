@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from torch.autograd.function import FunctionCtx
 
 from pyext import registry
 from pyext.backends import BACKENDS
 from pyext.lab import host_path, measure, report
 from pyext.lab.cases import Inputs
 from pyext.lab.measure import Effort, Samples
-from pyext.ops import _checks, relu
+from pyext.ops import relu
 
 EFFORT = Effort(warmup_s=0.002, measure_s=0.005, blocks=3)
 FORWARD = {"checks", "dispatcher", "allocation", "kernel"}
@@ -44,8 +45,8 @@ def test_the_parts_add_up_to_the_call(name):
 @pytest.mark.parametrize(
     ("part", "owner", "name"),
     [
-        ("checks", _checks, "tensor"),
-        ("function", relu._relu._formulas, "save"),
+        ("checks", relu, "select"),
+        ("function", FunctionCtx, "save_for_backward"),
         ("allocation", torch, "empty_like"),
     ],
 )
@@ -66,7 +67,7 @@ def test_what_a_part_costs_is_found_there_and_nowhere_else(monkeypatch, part, ow
             found[subject.name] = Samples(np.array([[seconds - before]]), 1)
         return found
 
-    monkeypatch.setattr(owner, name, staticmethod(costly) if isinstance(owner, type) else costly)
+    monkeypatch.setattr(owner, name, costly)
     monkeypatch.setattr(measure, "measure", measured)
     parts = {each: value for each, value in take_apart("relu").parts_s.items() if value}
     # What is allocated is taken off the dispatcher's part, which did not pay for it here: the raw
