@@ -195,6 +195,10 @@ def _effort(profile: Profile, minutes: float | None) -> Effort:
     return profile.effort if minutes is None else QUICK
 
 
+def _alone(profile: Profile, minutes: float | None) -> Effort:
+    return profile.alone if minutes is None else PROFILES["quick"].alone
+
+
 def _device(name: str) -> torch.device:
     """The device to use; raises ``_Missing`` where there is no usable GPU."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
@@ -241,7 +245,7 @@ def _settings(
         profile=options.profile,
         seed=options.seed,
         effort=effort or _effort(profile, options.minutes),
-        alone=(effort or profile.alone) if alone else None,
+        alone=(effort or _alone(profile, options.minutes)) if alone else None,
         limit_s=profile.limit_s if options.minutes is None else 60 * options.minutes,
     )
 

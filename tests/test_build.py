@@ -309,8 +309,10 @@ def test_a_virtual_environment_may_see_its_base_packages(monkeypatch, tmp_path):
 def test_architectures_have_a_default_and_the_variable_wins(monkeypatch):
     assert toolchain.cuda_architectures("13.2") == "8.0 9.0 10.0+PTX"
     assert toolchain.cuda_architectures("12.6") == "8.0 9.0+PTX"  # its nvcc does not know 10.0
-    of_80 = [f"-gencode=arch=compute_80,code={code}" for code in ("sm_80", "sm_90", "compute_80")]
-    assert toolchain.nvcc_flags("12.6") == [*toolchain.NVCC_FLAGS, *of_80]
+    codes = {"sm_80": 80, "sm_90": 90, "sm_100": 90, "compute_90": 90}
+    flags = [f"-gencode=arch=compute_{ptx},code={code}" for code, ptx in codes.items()]
+    assert toolchain.nvcc_flags("13.2") == [*toolchain.NVCC_FLAGS, *flags]
+    assert toolchain.nvcc_flags("12.6") == [*toolchain.NVCC_FLAGS, *flags[:2], flags[3]]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
     assert toolchain.cuda_architectures("13.2") == "9.0a"
     assert toolchain.nvcc_flags("13.2") == list(toolchain.NVCC_FLAGS)

@@ -520,3 +520,16 @@ def test_cuobjdump_that_fails_is_an_error(tmp_path):
     fake.chmod(0o755)
     with pytest.raises(RuntimeError, match="no such file"):
         machine_code.read(str(fake), tmp_path / "x.so", "sm_90")
+
+
+@pytest.mark.slow
+@needs_library
+@pytest.mark.parametrize("architecture", held())
+def test_launches_overlap_from_the_architecture_on_that_can(architecture):
+    """The wait for the kernel ahead is in the machine code, or nothing would overlap."""
+    library = cuda_library()
+    code = machine_code.read(library._cuobjdump, library.path, architecture)
+    can = machine_code.capability(architecture) >= 90
+    for kernel in ("sgd_add_kernel", "sgd_update_kernel"):
+        waits = [each.instructions["ACQBULK"] for name, each in code.items() if kernel in name]
+        assert len(waits) == 4 and all((count > 0) == can for count in waits)

@@ -452,9 +452,10 @@ def test_a_step_refuses_transforms_and_forward_ad(op, backend, device):
         step(torch.autograd.forward_ad.make_dual(updated, torch.ones_like(updated)))
 
 
-# On CUDA the first takes one launch for all steps, of three blocks, and the second (2100 rows of w1
-# are more slices than that allows) a launch for each product.
-@pytest.mark.parametrize("shape", [(17, 21, 33, 5), (3, 2100, 4, 2)], ids=str)
+# On CUDA the first takes one launch for all steps, of three blocks; the second three for each step
+# where 125 blocks are not resident at once, as in the emulator; the third (2100 rows of w1 are more
+# slices than that allows) a launch for each product.
+@pytest.mark.parametrize("shape", [(17, 21, 33, 5), (3, 1000, 4, 2), (3, 2100, 4, 2)], ids=str)
 @pytest.mark.parametrize("dtype", registry.FLOATING_DTYPES, ids=dtype_id)
 @pytest.mark.parametrize(("backend", "device"), WITH_EAGER)
 def test_sgd_steps_are_single_steps_to_the_bit(backend, device, dtype, shape):

@@ -83,15 +83,15 @@ class TestRatio:
 
 
 class Watch:
-    """Answers as told, and False when there are no more answers."""
+    """Disturbed as told, and not when there are no more answers."""
 
     def __init__(self, answers):
         self.answers, self.asked, self.last = iter(answers), 0, False
 
-    def disturbed(self):
+    def slowdown(self):
         self.asked += 1
         self.last = next(self.answers, False)
-        return self.last
+        return 2.0 if self.last else 1.2
 
 
 class TestMeasure:
@@ -130,7 +130,7 @@ class TestMeasure:
         timed = measure.measure(slow_while_disturbed, "host", patient, device=CPU, seed=0)
         assert watch.asked == (TINY.blocks + 2) * 3
         for samples in timed.values():
-            assert samples.disturbed_blocks == 0
+            assert (samples.disturbed_blocks, samples.retaken_blocks) == (0, 2)
             assert samples.seconds.shape[0] == TINY.blocks
             assert samples.seconds.max() < 0.05
 
@@ -142,6 +142,28 @@ class TestMeasure:
             timed = measure.measure([subject], "host", effort, device=CPU, seed=0)
             assert timed["a"].disturbed_blocks == TINY.blocks
             assert timed["a"].seconds.shape[0] == TINY.blocks
+            assert (timed["a"].retaken_blocks > 0) == (patience_s > 0)
+
+    def test_a_block_that_takes_longer_than_the_patience_is_kept(self, monkeypatch):
+        monkeypatch.setattr(measure, "CoreWatch", lambda: Watch(itertools.repeat(True)))
+        subject = Subject("a", lambda: time.sleep(0.1), max_batch=1)
+        effort = dataclasses.replace(TINY, patience_s=0.05)
+        timed = measure.measure([subject], "host", effort, device=CPU, seed=0)
+        assert timed["a"].retaken_blocks == 0
+
+    def test_threads_fall_asleep_before_the_watch_and_before_each_turn(self, monkeypatch):
+        events = []
+        watch = Watch([])
+        slowdown = watch.slowdown
+        monkeypatch.setattr(watch, "slowdown", lambda: events.append("watch") or slowdown())
+        monkeypatch.setattr(measure, "CoreWatch", lambda: watch)
+        monkeypatch.setattr(measure.time, "sleep", lambda seconds: events.append(seconds))
+        subject = Subject("a", lambda: events.append("call"), max_batch=1)
+        measure.measure([subject], "host", TINY, device=CPU, seed=0)
+        pause = measure._SETTLE_S
+        for at, event in enumerate(events):
+            if event == "watch":
+                assert events[at - 1] == events[at + 1] == pause
 
     def test_a_watch_compares_with_the_least_time_that_any_process_knows(self, monkeypatch):
         monkeypatch.setattr(cores, "_fastest_s", {})
@@ -152,9 +174,11 @@ class TestMeasure:
         cores.learn({threads: 2 * least, "77": 1.0})
         assert cores.known() == {threads: least, "77": 1.0}
         cores.learn({threads: least / 100})
-        assert watch.disturbed()
+        assert watch.slowdown() > cores.DISTURBED
         monkeypatch.setattr(watch, "_seconds", lambda: 1.2 * least / 100)
-        assert not watch.disturbed()
+        assert watch.slowdown() == pytest.approx(1.2)
+        monkeypatch.setattr(cores, "_MOST_THREADS", 0)
+        assert watch.slowdown() == 1
 
     def test_the_garbage_collector_rests_and_comes_back(self):
         seen = []

@@ -41,8 +41,9 @@ Tensor two_layer_sgd_step_op(const Tensor& x, const Tensor& y, const Tensor& w1,
   TensorScratch scratch(x);
   dispatch_floating(op, x.scalar_type(), [&](auto element) {
     using T = typename decltype(element)::type;
-    two_layer_sgd_step(size, const_matrix<T>(x), const_matrix<T>(y), mutable_matrix<T>(w1),
-                       mutable_matrix<T>(w2), lr, mutable_data<T>(loss), scratch, device.stream);
+    two_layer_sgd_step(sgd_way<T>(size), size, const_matrix<T>(x), const_matrix<T>(y),
+                       mutable_matrix<T>(w1), mutable_matrix<T>(w2), lr, mutable_data<T>(loss),
+                       scratch, device.stream);
   });
   return loss;
 }

@@ -69,11 +69,12 @@ void sgd_step_by_products(const TwoLayerSize& size, const Matrix<const T>& x,
                 static_cast<Acc>(lr), scratch, stream);
 }
 
+// One step, the way that `sgd_way` has found for its size.
 template <class T>
-void two_layer_sgd_step(const TwoLayerSize& size, const Matrix<const T>& x,
+void two_layer_sgd_step(SgdWay way, const TwoLayerSize& size, const Matrix<const T>& x,
                         const Matrix<const T>& y, const Matrix<T>& w1, const Matrix<T>& w2,
                         double lr, T* loss, Scratch& scratch, cudaStream_t stream) {
-  switch (sgd_way<T>(size)) {
+  switch (way) {
     case SgdWay::one_launch:
       return sgd_steps_in_one_launch<T>(size, {x, y}, w1, w2, lr, 1, loss, scratch, stream);
     case SgdWay::three_launches:

@@ -13,7 +13,8 @@ void two_layer_sgd_steps(const TwoLayerSize& size, const SgdBatches<T>& batches,
                          const Matrix<T>& w1, const Matrix<T>& w2, double lr, int64_t steps,
                          T* losses, const WithScratch& with_scratch, cudaStream_t stream) {
   if (steps == 0) return;
-  if (sgd_way<T>(size) == SgdWay::one_launch) {
+  const SgdWay way = sgd_way<T>(size);
+  if (way == SgdWay::one_launch) {
     with_scratch([&](Scratch& scratch) {
       sgd_steps_in_one_launch(size, batches, w1, w2, lr, steps, losses, scratch, stream);
     });
@@ -24,7 +25,7 @@ void two_layer_sgd_steps(const TwoLayerSize& size, const SgdBatches<T>& batches,
     x.data += step * batches.x_stride;
     y.data += step * batches.y_stride;
     with_scratch([&](Scratch& scratch) {
-      two_layer_sgd_step(size, x, y, w1, w2, lr, losses + step, scratch, stream);
+      two_layer_sgd_step(way, size, x, y, w1, w2, lr, losses + step, scratch, stream);
     });
   }
 }

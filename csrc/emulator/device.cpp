@@ -87,7 +87,7 @@ class Device {
     count_ = blockDim.x * blockDim.y * blockDim.z;
     cooperative_ = emulator::is_cooperative(config);
     overlaps_ = overlaps_previous(config);
-    first_block_ = serial_ + 1;
+    position.first_of_launch = first_block_ = serial_ + 1;
     // All launches that overlap the one before may still run, back to the first that does not.
     if (!overlaps_) first_of_overlapping_ = first_block_;
     position.call = reinterpret_cast<std::uintptr_t>(launch.call.get());

@@ -47,7 +47,10 @@ constexpr auto is_race_in_block = [](const Access& earlier, const Access& now) {
 
 constexpr auto is_race = [](const Access& earlier, const Access& now) {
   if (earlier.block == now.block) return is_race_in_block(earlier, now);
-  return earlier.block >= position.first_block && earlier.grid_epoch == now.grid_epoch &&
+  // Fences and meetings order the blocks of a launch, not those of two launches that overlap.
+  const bool is_ordered =
+      earlier.grid_epoch != now.grid_epoch && earlier.block >= position.first_of_launch;
+  return earlier.block >= position.first_block && !is_ordered &&
          !(earlier.is_atomic && now.is_atomic);
 };
 

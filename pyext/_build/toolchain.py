@@ -343,17 +343,23 @@ def cuda_architectures(cuda: str) -> str:
 def nvcc_flags(cuda: str) -> list[str]:
     """NVCC_FLAGS and, unless TORCH_CUDA_ARCH_LIST is set, those for the default architectures.
 
-    Of these the PTX is made once, for the lowest, and machine code for each made of that: nothing in
-    csrc/cuda asks for which architecture it is compiled, and the way to the PTX is the longest part
-    of a compilation (two_layer.cu: 33 s of CPU time instead of 51). The PTX serves whatever comes
-    after, as "+PTX" says.
+    Their machine code is made of two PTX, that of 8.0 and, from 9.0 on, that of 9.0, whose launches
+    may overlap (csrc/cuda/common/platform.cuh); nothing else in csrc/cuda asks for which architecture
+    it is compiled, and the way to the PTX is the longest part of a compilation (two_layer.cu, once
+    for all: 33 s of CPU time, once for each of three: 51). The last PTX serves whatever comes after,
+    as "+PTX" says.
     """
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return [*NVCC_FLAGS]
     names = cuda_architectures(cuda).removesuffix("+PTX").split()
-    numbers = [name.replace(".", "") for name in names]
-    codes = [*(f"sm_{number}" for number in numbers), f"compute_{numbers[0]}"]
-    return [*NVCC_FLAGS, *(f"-gencode=arch=compute_{numbers[0]},code={code}" for code in codes)]
+    numbers = [int(name.replace(".", "")) for name in names]
+    flags = [f"-gencode=arch=compute_{_ptx_of(each)},code=sm_{each}" for each in numbers]
+    last = _ptx_of(numbers[-1])
+    return [*NVCC_FLAGS, *flags, f"-gencode=arch=compute_{last},code=compute_{last}"]
+
+
+def _ptx_of(architecture: int) -> int:
+    return 90 if architecture >= 90 else 80
 
 
 def _compiler_requirements(torch: Torch | None) -> list[str]:

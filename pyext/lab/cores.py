@@ -1,11 +1,11 @@
-"""Whether PyTorch's threads have cores of their own just now.
+"""Whether a fixed product takes longer now than it once did: a watch for disturbances.
 
 A virtual machine's processors are threads of the host's, and the host moves them. While two of them
 share a core, work that keeps a core busy takes twice its time, and work that waits for memory
 hardly longer, so that even ratios of interleaved times are off. Nothing inside the machine says so
-(steal time stays 0). So a product which has nothing to do with what is timed is timed in between:
-on two processors of an AMD EPYC, of 2451 times in a minute a tenth was 1.8 times the fastest or
-more, for up to 1.2 s on end.
+(steal time stays 0). So a product which has nothing to do with what is timed is timed in between.
+(On two processors of an AMD EPYC a tenth of such products took 1.8 times the least time or more,
+for up to 1.2 s on end; the rest varied by 1.3 at most.)
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ import torch
 
 # 34 MFLOP in caches: 0.2 ms on two cores, of which little is overhead.
 _SIZE = 256
-# Above clocks that vary, below two threads on one core.
-_DISTURBED = 1.3
+DISTURBED = 1.3
+"""How many times its least time the product takes at least when it counts as disturbed: above what
+clocks vary by, below two threads on one core."""
+# With more the product is so short that it times the threads' wake-up.
+_MOST_THREADS = 8
 _CALIBRATIONS = 50
 
 _fastest_s: dict[int, float] = {}
@@ -47,10 +50,12 @@ class CoreWatch:
         for _ in range(_CALIBRATIONS):
             self._seconds()
 
-    def disturbed(self) -> bool:
-        """Whether the product takes much longer now than it once did; less than a millisecond."""
-        seconds = min(self._seconds() for _ in range(3))
-        return seconds > _DISTURBED * _fastest_s[self._threads]
+    def slowdown(self) -> float:
+        """How many times its least time so far the product takes now, in less than a millisecond;
+        1 where there are too many threads to tell."""
+        if self._threads > _MOST_THREADS:
+            return 1.0
+        return min(self._seconds() for _ in range(3)) / _fastest_s[self._threads]
 
     def _seconds(self) -> float:
         start = time.perf_counter()

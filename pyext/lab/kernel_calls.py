@@ -29,11 +29,12 @@ from pyext.lab import check
 
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # By the last of the names in a shape. Elementwise: vectors only, and a tail. Networks: K split into
-# parts, and outputs of (1024, 1024) and more, for which the largest tiles are taken. Pooling: rows
+# parts, outputs of (1024, 1024) and more, for which the largest tiles are taken, and 256 slices of
+# an SGD step, in float64 more blocks than a GPU of 132 multiprocessors holds at once. Pooling: rows
 # of whole vectors, and windows of three by three that leave a rest.
 EXTRA_SHAPES = {
     "n": ((4096,), (1001,)),
-    "out": ((64, 1000, 100, 10), (1024, 1024, 1024, 8), (2048, 16, 16, 1024)),
+    "out": ((64, 1000, 100, 10), (1024, 1024, 1024, 8), (2048, 16, 16, 1024), (8, 2048, 16, 4)),
     "kernel": ((3, 5, 24, 24, 2), (2, 3, 23, 34, 3)),
     "steps": ((64, 1000, 100, 10, 3),),
 }

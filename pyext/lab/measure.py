@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyext.lab.cores import CoreWatch
+from pyext.lab.cores import DISTURBED, CoreWatch
 
 CLOCKS = {"cpu": ("host",), "cuda": ("device_cold", "device_warm", "host")}
 """Device type -> the clocks that exist there."""
@@ -48,8 +48,8 @@ class Effort:
     measure_s: float
     blocks: int = 10
     patience_s: float = 0.0
-    """On a CPU: for how long, for all variants of a case together, blocks are taken anew during
-    which the threads had no cores of their own (``cores``)."""
+    """On a CPU: for how long, for all variants of a case together, disturbed blocks (``cores``) are
+    taken anew."""
 
 
 @dataclass
@@ -80,7 +80,9 @@ class Samples:
     seconds: np.ndarray
     calls_per_sample: int
     disturbed_blocks: int = 0
-    """How many blocks were kept, for want of time, although they were disturbed (``cores``)."""
+    """How many of the blocks were kept, for want of time, although they were disturbed."""
+    retaken_blocks: int = 0
+    """How many others were disturbed, and are not among ``seconds``."""
 
     @property
     def median(self) -> float:
@@ -183,37 +185,45 @@ def measure(
         # Equally many blocks for all, so that blocks pair; the slow ones then have one sample each.
         blocks = min([effort.blocks, *counts.values()])
         seconds = {s.name: [] for s in ready}
-        disturbed_blocks = 0
+        slowdowns, retaken = [], 0
         order = np.random.default_rng(seed)
-
-        def settled_and_disturbed() -> bool:
-            if watch is None:
-                return False
-            time.sleep(_SETTLE_S)  # the previous subject's threads fall asleep
-            return watch.disturbed()
-
         patience_s = effort.patience_s
         for _ in range(blocks):
             while True:
-                start, disturbed, block = time.perf_counter(), False, {}
+                start, slowdown, block = time.perf_counter(), 1.0, {}
                 for index in order.permutation(len(ready)):
                     subject = ready[index]
                     n = calls[subject.name]
-                    disturbed |= settled_and_disturbed()
+                    slowdown = max(slowdown, _settled(watch))
                     if batch_s[subject.name] < _LONG_S:
                         sample(subject, n)  # brings this one's data and threads back
                     repeats = max(1, counts[subject.name] // blocks)
                     block[subject.name] = [sample(subject, n) for _ in range(repeats)]
-                disturbed |= settled_and_disturbed()
-                if not disturbed or patience_s <= 0:
+                slowdown = max(slowdown, _settled(watch))
+                took_s = time.perf_counter() - start
+                if slowdown <= DISTURBED or took_s > patience_s:
                     break
-                patience_s -= time.perf_counter() - start
-            disturbed_blocks += disturbed
+                patience_s -= took_s
+                retaken += 1
+            slowdowns.append(slowdown)
             for name, times in block.items():
                 seconds[name].append(times)
+    disturbed = sum(each > DISTURBED for each in slowdowns)
     for name, each in seconds.items():
-        results[name] = Samples(np.array(each), sample.batch(name, calls[name]), disturbed_blocks)
+        batch = sample.batch(name, calls[name])
+        results[name] = Samples(np.array(each), batch, disturbed, retaken)
     return results
+
+
+def _settled(watch: CoreWatch | None) -> float:
+    """Lets the threads of the previous subject, and the watch's own, fall asleep; the slowdown that
+    the watch saw in between."""
+    if watch is None:
+        return 1.0
+    time.sleep(_SETTLE_S)
+    slowdown = watch.slowdown()
+    time.sleep(_SETTLE_S)
+    return slowdown
 
 
 @contextlib.contextmanager

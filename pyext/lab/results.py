@@ -39,7 +39,9 @@ COLUMNS = (
     "alone_median_s",
     "samples",
     "calls_per_sample",
+    "blocks",
     "disturbed_blocks",
+    "retaken_blocks",
     "ratio_vs_eager",
     "ratio_ci",
     "verdict",
@@ -105,7 +107,9 @@ def fill_times(
         "alone_median_s": None if alone is None else alone.median,
         "samples": int(best.seconds.size),
         "calls_per_sample": best.calls_per_sample,
+        "blocks": len(best.seconds),
         "disturbed_blocks": best.disturbed_blocks,
+        "retaken_blocks": best.retaken_blocks,
     }
     if row["variant"] == "eager":
         row |= {"ratio_vs_eager": 1.0, "ratio_ci": [1.0, 1.0], "verdict": "baseline"}

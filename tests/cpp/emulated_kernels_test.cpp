@@ -713,20 +713,6 @@ void shrink(Operand<T>& operand, double factor) {
 }
 
 template <class T>
-void sgd_step(SgdWay way, const TwoLayerSize& size, const Matrix<const T>& x,
-              const Matrix<const T>& y, const Matrix<T>& w1, const Matrix<T>& w2, double lr, T* loss,
-              Scratch& scratch) {
-  switch (way) {
-    case SgdWay::one_launch:
-      return sgd_steps_in_one_launch<T>(size, {x, y}, w1, w2, lr, 1, loss, scratch, nullptr);
-    case SgdWay::three_launches:
-      return sgd_step_in_three_launches(size, x, y, w1, w2, lr, loss, scratch, nullptr);
-    case SgdWay::five_products:
-      return sgd_step_by_products(size, x, y, w1, w2, lr, loss, scratch, nullptr);
-  }
-}
-
-template <class T>
 void test_two_layer_sgd_step(SgdWay way) {
   const double lr = 1.0 / 1024 + 1e-12;  // the last bits are lost if it passes through float32
   for (const TwoLayerSize& size : NETWORKS) {
@@ -783,8 +769,8 @@ void test_two_layer_sgd_step(SgdWay way) {
 
         HostScratch scratch;
         Buffer<T> loss(1);
-        sgd_step(way, size, net.x.constant, net.y.constant, w1.view, w2.view, lr, loss.data(),
-                 scratch);
+        two_layer_sgd_step(way, size, net.x.constant, net.y.constant, w1.view, w2.view, lr,
+                           loss.data(), scratch, nullptr);
         const char* names[] = {"in one launch ", "in three launches ", "by products "};
         const std::string name = std::string("two_layer_sgd_step ") + names[int(way)] + net.name +
                                  ", weights " + std::to_string(int(layout_w));
@@ -859,9 +845,10 @@ void test_sgd_launches_agree() {
   other_w2.view.data = other_w2.buffer.data();
   HostScratch scratch;
   float loss, other_loss;
-  sgd_step(SgdWay::one_launch, size, x.constant, y.constant, w1.view, w2.view, 1e-3, &loss, scratch);
-  sgd_step(SgdWay::three_launches, size, x.constant, y.constant, other_w1.view, other_w2.view, 1e-3,
-           &other_loss, scratch);
+  two_layer_sgd_step(SgdWay::one_launch, size, x.constant, y.constant, w1.view, w2.view, 1e-3,
+                     &loss, scratch, nullptr);
+  two_layer_sgd_step(SgdWay::three_launches, size, x.constant, y.constant, other_w1.view,
+                     other_w2.view, 1e-3, &other_loss, scratch, nullptr);
   bool equal = loss == other_loss;
   for (int64_t i = 0; i < w1.buffer.size(); ++i) equal &= w1.buffer[i] == other_w1.buffer[i];
   for (int64_t i = 0; i < w2.buffer.size(); ++i) equal &= w2.buffer[i] == other_w2.buffer[i];
@@ -893,7 +880,7 @@ void test_sgd_steps() {
         Matrix<const float> x_now = x.constant, y_now = y.constant;
         x_now.data += step * batches.x_stride;
         y_now.data += step * batches.y_stride;
-        two_layer_sgd_step(size, x_now, y_now, w1_alone.view, w2_alone.view, 1e-3,
+        two_layer_sgd_step(sgd_way<float>(size), size, x_now, y_now, w1_alone.view, w2_alone.view, 1e-3,
                            alone.data() + step, scratch, nullptr);
         expect(losses[step] == alone[step], "sgd steps: loss");
       }

@@ -194,6 +194,18 @@ __global__ void early_reader_kernel(const int* in, int* out) {
   out[threadIdx.x] = early;
 }
 
+__global__ void fencing_copy_kernel(const int* in, int* out) {
+  out[threadIdx.x] = in[threadIdx.x];
+  __threadfence();
+}
+
+__global__ void fencing_early_reader_kernel(const int* in, int* out) {
+  __threadfence();
+  const int early = in[threadIdx.x];
+  wait_for_previous_kernel();
+  out[threadIdx.x] = early;
+}
+
 __global__ void late_reader_kernel(const int* in, int* out) {
   wait_for_previous_kernel();
   out[threadIdx.x] = in[threadIdx.x];
@@ -423,9 +435,10 @@ void test_global_memory_checks() {
   expect(out[2] == 4 + 2, "a barrier of the grid orders blocks");
   launch(halves_kernel, shape, op.stream(), reinterpret_cast<__half*>(out.data()));
 }
+
 // A launch that overlaps those before it: what it touches before it waits, they must leave alone.
 void test_overlapping_launches() {
-  const LaunchShape shape{1, 64};
+  const LaunchShape shape{dim3(1), dim3(64)};
   LaunchShape overlapping = shape;
   overlapping.overlaps_previous = true;
   int in[64] = {}, between[64] = {}, out[64] = {};
@@ -452,6 +465,15 @@ void test_overlapping_launches() {
     emulator::allow(out, sizeof(out), emulator::Memory::writable);
     launch(copy_kernel, shape, op.stream(), in, out, 0);
     launch(hasty_writer_kernel, overlapping, op.stream(), in);
+  });
+  // Fences order nothing between two launches.
+  expect_error("a block reads what another writes", [&] {
+    emulator::Op op;
+    emulator::allow(in, sizeof(in), emulator::Memory::writable);
+    emulator::allow(between, sizeof(between), emulator::Memory::writable);
+    emulator::allow(out, sizeof(out), emulator::Memory::writable);
+    launch(fencing_copy_kernel, shape, op.stream(), in, between);
+    launch(fencing_early_reader_kernel, overlapping, op.stream(), between, out);
   });
   // The one in the middle has waited for the first, but the third may begin before it ends.
   expect_error("a block reads what another writes", [&] {

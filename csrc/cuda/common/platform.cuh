@@ -55,7 +55,8 @@ using emulator::check_alignment;
 #endif
 
 // A kernel whose launch `overlaps_previous` calls this in every thread, before it touches what the
-// kernels ahead of it in the stream write, or writes what they read: from here on they have ended.
+// kernels ahead of it in the stream write, or writes what they read. From here on the one before has
+// ended, and so have those that it has waited for itself, which is why every thread must call this.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #ifdef PYEXT_LAUNCHES_OVERLAP
   cudaGridDependencySynchronize();
@@ -72,8 +73,8 @@ __device__ __forceinline__ void let_next_kernel_begin() {
 struct LaunchShape {
   dim3 grid;
   dim3 block;
-  std::size_t shared_bytes = 0;  // at most 48 KiB: more would need cudaFuncSetAttribute
-  bool cooperative = false;      // all blocks are alive at once, and the grid can meet
+  std::size_t shared_bytes = 0;    // at most 48 KiB: more would need cudaFuncSetAttribute
+  bool cooperative = false;        // all blocks are alive at once, and the grid can meet
   bool overlaps_previous = false;  // where `can_overlap`: begins before the launch ahead has ended
 };
 

@@ -16,7 +16,7 @@
 //
 // Where not all blocks can be resident at once, or the device knows no cooperative launch, each part
 // is a launch, three for each step, and w2 as it was is kept for the third. The second and the third
-// overlap the one before where that is possible: they load what no kernel of the step writes.
+// overlap the one before where that is possible: they load what no kernel ahead of them writes.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -73,7 +73,7 @@ inline LaunchShape sgd_steps_shape(int64_t slices, std::size_t shared_bytes) {
 
 // Of one of the three launches of a step.
 inline LaunchShape sgd_part_shape(int64_t slices, std::size_t shared_bytes,
-                                  bool overlaps_previous) {
+                                  bool overlaps_previous = true) {
   return {dim3(static_cast<unsigned>(slices)), dim3(SGD_THREADS), shared_bytes, false,
           overlaps_previous};
 }
@@ -487,7 +487,8 @@ enum class SgdWay { one_launch, three_launches, five_products };
 //     64 x 1000 x 100 x 10 in float32.
 //   - 256 slices at most (I <= 2048): the parts of the hidden layer, N x H for each slice, pass
 //     through L2 twice a step, and beyond that a multiprocessor repeats its work for several blocks.
-// In one launch where all blocks are resident at once, or the grid could never meet.
+// These go in one launch where the device knows cooperative launches and all blocks are resident at
+// once, so that the grid can meet; else in three.
 template <class T>
 SgdWay sgd_way(const TwoLayerSize& size) {
   constexpr int64_t MOST_ELEMENTS = MOST_SHARED_BYTES / sizeof(Accumulate<T>);
@@ -540,13 +541,13 @@ void sgd_step_in_three_launches(const TwoLayerSize& size, const Matrix<const T>&
                                 double lr, T* loss, Scratch& scratch, cudaStream_t stream) {
   const SgdExchange<T> exchange(size, scratch);
   T* old_w2 = scratch.allocate<T>(size.hidden * size.out);
-  const auto shape = [&](bool overlaps_previous) {
-    return sgd_part_shape(slices_of(size), sgd_shared_bytes<T>(size), overlaps_previous);
-  };
-  launch(sgd_multiply_kernel<T>, shape(false), stream, size, x, w1, exchange.parts);
-  launch(sgd_add_kernel<T>, shape(true), stream, size, w2, old_w2, exchange.parts,
-         exchange.hidden);
-  launch(sgd_update_kernel<T>, shape(true), stream, size, x, y, w1, w2,
+  const int64_t slices = slices_of(size);
+  const std::size_t shared_bytes = sgd_shared_bytes<T>(size);
+  launch(sgd_multiply_kernel<T>, sgd_part_shape(slices, shared_bytes, false), stream, size, x, w1,
+         exchange.parts);
+  launch(sgd_add_kernel<T>, sgd_part_shape(slices, shared_bytes), stream, size, w2, old_w2,
+         exchange.parts, exchange.hidden);
+  launch(sgd_update_kernel<T>, sgd_part_shape(slices, shared_bytes), stream, size, x, y, w1, w2,
          static_cast<Accumulate<T>>(lr), old_w2, exchange.hidden, loss);
 }
 

@@ -57,7 +57,7 @@ _PATTERNS = {
     for rule, tokens in _SWAPPED.items()
 }
 _CONSTANT = re.compile(r"(?<![\w.])\d+(?![\w.])")
-_BARRIER = re.compile(r"__sync\w+\([^()]*\);")
+_BARRIER = re.compile(r"(?:__sync\w+|\bgrid\.sync|\bwait_for_previous_kernel)\([^()]*\);")
 
 
 def candidates(root: Path, way: str, seed: int) -> Iterator[Mutant]:
