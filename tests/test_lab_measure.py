@@ -161,9 +161,10 @@ class TestMeasure:
         subject = Subject("a", lambda: events.append("call"), max_batch=1)
         measure.measure([subject], "host", TINY, device=CPU, seed=0)
         pause = measure._SETTLE_S
-        for at, event in enumerate(events):
-            if event == "watch":
-                assert events[at - 1] == events[at + 1] == pause
+        watched = [at for at, event in enumerate(events) if event == "watch"]
+        assert len(watched) == 2 * TINY.blocks
+        for at in watched:
+            assert events[at - 1] == events[at + 1] == pause
 
     def test_a_watch_compares_with_the_least_time_that_any_process_knows(self, monkeypatch):
         monkeypatch.setattr(cores, "_fastest_s", {})

@@ -77,8 +77,6 @@ class Differentiable:
     def __init__(self, formulas: type[Formulas]):
         self._formulas = formulas
         self._shells: dict[str, SimpleNamespace] = {}
-        self._plain: dict[str, Callable] = {}
-        """Namespace -> the everyday shell, ready to be applied."""
         self._all.append(self)
 
     def __call__(self, raw, *inputs):
@@ -92,7 +90,7 @@ class Differentiable:
         if torch.is_grad_enabled():
             for each in inputs:  # not any(): its generator is 0.4 of a small call's 10 µs
                 if isinstance(each, torch.Tensor) and each.requires_grad:
-                    return self._plain[raw.name](*inputs)
+                    return self._shells[raw.name].plain.apply(*inputs)
         return self._formulas.forward(_direct[raw.name], *inputs)
 
     @classmethod
@@ -110,7 +108,6 @@ class Differentiable:
         )
         for each in cls._all:
             each._shells[raw.name] = _make_shells(each._formulas, raw.name)
-            each._plain[raw.name] = each._shells[raw.name].plain.apply
 
 
 def _records(inputs: tuple) -> bool:
@@ -126,10 +123,6 @@ def differentiable(formulas: type[Formulas]) -> Differentiable:
 
 def _make_shells(formulas: type[Formulas], namespace: str) -> SimpleNamespace:
     # What torch.compile traces holds the name: it knows no way to trace a namespace held itself.
-    # What it never traces holds what it calls.
-    direct = _direct[namespace]
-    compute, save, differentiate = formulas.forward, formulas.save, formulas.backward
-    constants_seen = []  # a getattr that fails costs a small call 1 of 40 µs
 
     def keep(ctx, inputs, outputs) -> tuple:
         tensors, constants = formulas.save(
@@ -141,24 +134,16 @@ def _make_shells(formulas: type[Formulas], namespace: str) -> SimpleNamespace:
             ctx.constants = constants
         return tensors
 
-    def keep_directly(ctx, inputs, outputs) -> None:
-        tensors, constants = save(inputs, outputs if isinstance(outputs, tuple) else (outputs,))
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
-        if constants:
-            ctx.constants = constants
-            constants_seen[:] = [True]
-
     def forward_with_ctx(ctx, *inputs):
-        outputs = compute(direct, *inputs)
-        keep_directly(ctx, inputs, outputs)
+        outputs = formulas.forward(_direct[namespace], *inputs)
+        keep(ctx, inputs, outputs)
         return outputs
 
     def forward_with_gradient(ctx, *inputs):
         outputs, ctx.gradient = formulas.forward_with_gradient(
-            direct, ctx.needs_input_grad, *inputs
+            _direct[namespace], ctx.needs_input_grad, *inputs
         )
-        keep_directly(ctx, inputs, outputs)
+        keep(ctx, inputs, outputs)
         return outputs
 
     def forward(*inputs):
@@ -181,20 +166,14 @@ def _make_shells(formulas: type[Formulas], namespace: str) -> SimpleNamespace:
             *grads,
         )
 
-    def backward_directly(ctx, *grads):
-        if grads[0] is None or is_compiling():  # compiled autograd traces everyday calls' backward
-            return backward(ctx, *grads)
-        constants = getattr(ctx, "constants", ()) if constants_seen else ()
-        return differentiate(direct, ctx.saved_tensors, constants, ctx.needs_input_grad, *grads)
-
     def backward_by_gradient(ctx, *grads):
         gradient = vars(ctx).pop("gradient", None)  # at once: two threads may not both take it
         if gradient is None or torch.is_grad_enabled() or _are_functorch_transforms_active():
-            return backward_directly(ctx, *grads)
+            return backward(ctx, *grads)
         # (is_grads_batched, which gradcheck uses, is no functorch transform.)
         for grad in grads:
             if grad is None or _is_legacy_batchedtensor(grad):
-                return backward_directly(ctx, *grads)
+                return backward(ctx, *grads)
         ctx.saved_tensors  # noqa: B018 -- raises where the graph was freed or an input was changed
         return formulas.scaled(gradient, *grads)
 
@@ -214,7 +193,7 @@ def _make_shells(formulas: type[Formulas], namespace: str) -> SimpleNamespace:
         jvp=jvp,
     )
     functional.generate_vmap_rule = True
-    plain = {"forward": forward_with_ctx, "backward": backward_directly}
+    plain = {"forward": forward_with_ctx, "backward": backward}
     if hasattr(formulas, "forward_with_gradient"):
         plain = {"forward": forward_with_gradient, "backward": backward_by_gradient}
     return SimpleNamespace(

@@ -151,7 +151,7 @@ def updatable_in_place(op: str, updated: dict[str, torch.Tensor], **read: torch.
         read: those that it only reads.
     """
     for name, value in updated.items():
-        if not value.is_contiguous() and _overlaps_itself(value):
+        if _overlaps_itself(value):
             raise RuntimeError(
                 f"{op}(): more than one element of the written-to tensor {name!r} refers to a "
                 "single memory location; clone() it first"
@@ -169,7 +169,12 @@ def updatable_in_place(op: str, updated: dict[str, torch.Tensor], **read: torch.
                 f"{op}(): the written-to tensor {name!r} is a negated view; resolve_neg() it first"
             )
     # Usually all lie apart: that is seen at once, and each pair is looked at only where it is not.
-    if _dense_and_apart(*updated.values(), *read.values()):
+    end = 1
+    for begin, next_end in sorted(map(_address_range, (*updated.values(), *read.values()))):
+        if begin < end:
+            break
+        end = next_end
+    else:
         return
     everything = {**updated, **read}
     ranges = {name: _address_range(value) for name, value in everything.items()}
@@ -200,6 +205,8 @@ def count_update(*updated: torch.Tensor) -> None:
 
 def _overlaps_itself(value: torch.Tensor) -> bool:
     """Whether two indices may share an address: a stride is within the run of the shorter ones."""
+    if value.is_contiguous():
+        return False
     run = 1
     steps = zip(value.stride(), value.shape, strict=True)
     for stride, size in sorted(each for each in steps if each[1] > 1):
@@ -207,24 +214,6 @@ def _overlaps_itself(value: torch.Tensor) -> bool:
             return True
         run += stride * (size - 1)
     return False
-
-
-def _dense_and_apart(*tensors: torch.Tensor) -> bool:
-    """Whether contiguous tensors share no memory; False where that takes a closer look."""
-    ranges = []
-    for value in tensors:
-        if not value.is_contiguous() or value.is_meta:
-            return False
-        begin = value.data_ptr()
-        if begin:  # no elements, no address
-            ranges.append((begin, begin + value.nbytes))
-    ranges.sort()
-    last_end = 0
-    for begin, end in ranges:
-        if begin < last_end:
-            return False
-        last_end = end
-    return True
 
 
 def _address_range(value: torch.Tensor) -> tuple[int, int]:
