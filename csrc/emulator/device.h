@@ -96,8 +96,8 @@ struct SharedMemory {
 // Where the running thread stands.
 struct Position {
   Access now;
-  unsigned first_block = 0;        // the first whose accesses may not be over
-  unsigned first_of_launch = 0;    // of those, the first that a fence can order
+  unsigned first_block = 0;      // the first whose accesses may not be over
+  unsigned first_of_launch = 0;  // of those, the first that a fence can order
   SharedMemory* shared = nullptr;
   const Fiber* fiber = nullptr;
   std::uintptr_t call = 0;  // the kernel's arguments

@@ -442,11 +442,13 @@ void test_overlapping_launches() {
   LaunchShape overlapping = shape;
   overlapping.overlaps_previous = true;
   int in[64] = {}, between[64] = {}, out[64] = {};
+  const auto allow_all = [&] {
+    for (auto* each : {&in, &between, &out})
+      emulator::allow(*each, sizeof(*each), emulator::Memory::writable);
+  };
   const auto chain = [&](auto second_kernel, const int* second_in) {
-    emulator::Op op;
-    emulator::allow(in, sizeof(in), emulator::Memory::writable);
-    emulator::allow(between, sizeof(between), emulator::Memory::writable);
-    emulator::allow(out, sizeof(out), emulator::Memory::writable);
+    const emulator::Op op;
+    allow_all();
     launch(copy_kernel, shape, op.stream(), in, between, 0);
     launch(second_kernel, overlapping, op.stream(), second_in, out);
   };
@@ -460,27 +462,22 @@ void test_overlapping_launches() {
                "block reads what another writes, with nothing to order them",
                [&] { chain(early_reader_kernel, between); });
   expect_error("a block writes what another reads", [&] {
-    emulator::Op op;
-    emulator::allow(in, sizeof(in), emulator::Memory::writable);
-    emulator::allow(out, sizeof(out), emulator::Memory::writable);
+    const emulator::Op op;
+    allow_all();
     launch(copy_kernel, shape, op.stream(), in, out, 0);
     launch(hasty_writer_kernel, overlapping, op.stream(), in);
   });
   // Fences order nothing between two launches.
   expect_error("a block reads what another writes", [&] {
-    emulator::Op op;
-    emulator::allow(in, sizeof(in), emulator::Memory::writable);
-    emulator::allow(between, sizeof(between), emulator::Memory::writable);
-    emulator::allow(out, sizeof(out), emulator::Memory::writable);
+    const emulator::Op op;
+    allow_all();
     launch(fencing_copy_kernel, shape, op.stream(), in, between);
     launch(fencing_early_reader_kernel, overlapping, op.stream(), between, out);
   });
   // The one in the middle has waited for the first, but the third may begin before it ends.
   expect_error("a block reads what another writes", [&] {
-    emulator::Op op;
-    emulator::allow(in, sizeof(in), emulator::Memory::writable);
-    emulator::allow(between, sizeof(between), emulator::Memory::writable);
-    emulator::allow(out, sizeof(out), emulator::Memory::writable);
+    const emulator::Op op;
+    allow_all();
     launch(copy_kernel, shape, op.stream(), in, between, 0);
     launch(late_reader_kernel, overlapping, op.stream(), in, out);
     launch(early_reader_kernel, overlapping, op.stream(), between, out);

@@ -337,6 +337,22 @@ class SgdBlock {
     }
   }
 
+  // With the whole hidden layer: g, this block's shares of both weights and, in the first block, the
+  // loss. Then x and g may be overwritten.
+  __device__ void finish_step(const Acc* hidden, const Matrix<T>& w2, Acc lr, T* loss_out) const {
+    load_hidden(hidden);
+    __syncthreads();
+    compute_g();
+    __syncthreads();
+    if (blockIdx.x == 0) {
+      const Acc sum = loss();
+      if (threadIdx.x == 0) *loss_out = from_accumulate<T>(sum);
+    }
+    update_w2(w2, lr);
+    update_w1(lr);
+    __syncthreads();
+  }
+
  private:
   struct Range {
     int begin, end;
@@ -388,17 +404,7 @@ __global__ void __launch_bounds__(SGD_THREADS, SGD_BLOCKS_PER_SM<T>)
     block.load_w2(as_const(w2));
     block.add_slices(parts, hidden);
     grid.sync();
-    block.load_hidden(hidden);
-    __syncthreads();
-    block.compute_g();
-    __syncthreads();
-    if (blockIdx.x == 0) {
-      const Accumulate<T> loss = block.loss();
-      if (threadIdx.x == 0) losses[step] = from_accumulate<T>(loss);
-    }
-    block.update_w2(w2, lr);
-    block.update_w1(lr);
-    __syncthreads();  // the next step overwrites x and g
+    block.finish_step(hidden, w2, lr, losses + step);
   }
   block.store_w1(w1);
 }
@@ -439,17 +445,7 @@ __global__ void __launch_bounds__(SGD_THREADS, SGD_BLOCKS_PER_SM<T>)
   block.load_y(y);
   wait_for_previous_kernel();
   block.load_w2({old_w2, size.out, 1});
-  block.load_hidden(hidden);
-  __syncthreads();
-  block.compute_g();
-  __syncthreads();
-  if (blockIdx.x == 0) {
-    const Accumulate<T> sum = block.loss();
-    if (threadIdx.x == 0) *loss = from_accumulate<T>(sum);
-  }
-  block.update_w2(w2, lr);
-  block.update_w1(lr);
-  __syncthreads();
+  block.finish_step(hidden, w2, lr, loss);
   block.store_w1(w1);
 }
 
