@@ -85,8 +85,17 @@ class _two_layer_forward:
         x, w1, w2, hidden = tensors
         if grad_out is None:
             grad_out = hidden.new_zeros((x.shape[0], w2.shape[1]))
-        grads = _two_layer.two_layer_backward(raw, grad_out, grad_hidden, x, w1, w2, hidden, *needs)
-        return tuple([grad if need else None for grad, need in zip(grads, needs, strict=True)])
+        grad_x, grad_w1, grad_w2, grad_b1, grad_b2 = _two_layer.two_layer_backward(
+            raw, grad_out, grad_hidden, x, w1, w2, hidden, *needs
+        )
+        need_x, need_w1, need_w2, need_b1, need_b2 = needs
+        return (
+            grad_x if need_x else None,
+            grad_w1 if need_w1 else None,
+            grad_w2 if need_w2 else None,
+            grad_b1 if need_b1 else None,
+            grad_b2 if need_b2 else None,
+        )
 
     @staticmethod
     def jvp(raw, tensors, constants, *tangents):
