@@ -37,16 +37,21 @@ inline Tensor with_strides_of(const Tensor& like, const Tensor& t) {
   return copy;
 }
 
-// Whether the elements lie in one run of memory, each once, in whatever order of the dimensions.
-inline bool is_dense(const Tensor& t) {
-  if (t.is_contiguous()) return true;
+// (stride, size) of each dimension that has more than one index, the shortest stride first.
+inline std::vector<std::pair<int64_t, int64_t>> sorted_steps(const Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
   std::vector<std::pair<int64_t, int64_t>> steps;
   for (size_t d = 0; d < sizes.size(); ++d)
     if (sizes[d] > 1) steps.emplace_back(strides[d], sizes[d]);
   std::sort(steps.begin(), steps.end());
+  return steps;
+}
+
+// Whether the elements lie in one run of memory, each once, in whatever order of the dimensions.
+inline bool is_dense(const Tensor& t) {
+  if (t.is_contiguous()) return true;
   int64_t run = 1;
-  for (const auto& [stride, size] : steps) {
+  for (const auto& [stride, size] : sorted_steps(t)) {
     if (stride != run) return false;
     run *= size;
   }

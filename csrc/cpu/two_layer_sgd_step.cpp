@@ -2,6 +2,8 @@
 // need only the rows at hand in one parallel region.
 #include "two_layer_sgd_step.h"
 
+#include "../common/updatable.h"
+
 #define PYEXT_KERNELS "two_layer.h"
 #include "common/for_each_isa.h"
 
@@ -60,6 +62,7 @@ Tensor two_layer_sgd_step(const Tensor& x, const Tensor& y, const Tensor& w1, co
   const char* op = "two_layer_sgd_step";
   check_network(op, x, w1, w2, std::nullopt, std::nullopt);
   check_matrix(op, "y", x, y, x.size(0), w2.size(1));
+  check_updatable(op, {&w1, &w2}, {&x, &y});
   Tensor loss = fresh(x, {});
   visit_floating(x.scalar_type(), op, [&]<class T>(Type<T>) {
     *loss.mutable_data_ptr<T>() =

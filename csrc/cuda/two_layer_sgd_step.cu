@@ -3,6 +3,7 @@
 
 #include "common/register_product.h"
 #include "common/two_layer_instances.h"
+#include "../common/updatable.h"
 #include "common/two_layer_tensors.h"
 #include "two_layer_sgd_step.cuh"
 namespace pyext {
@@ -36,6 +37,7 @@ Tensor two_layer_sgd_step_op(const Tensor& x, const Tensor& y, const Tensor& w1,
   const TwoLayerSize size = checked_size(op, x, w1, w2);
   check_shape(op, "y", y, size.batch, size.out);
   check_matches(op, "y", y, x);
+  check_updatable(op, {&w1, &w2}, {&x, &y});
   const OnDeviceOf device(x);
   const Tensor loss = torch::stable::new_empty(x, {});
   TensorScratch scratch(x);

@@ -140,6 +140,19 @@ def no_transforms(op: str, *tensors: torch.Tensor) -> None:
         )
 
 
+def writable(op: str, name: str, value: torch.Tensor) -> None:
+    """``RuntimeError`` if a kernel may not write to a tensor's memory as it is."""
+    if value.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{op}(): inplace update to inference tensor {name!r} outside InferenceMode is not "
+            "allowed; clone it first"
+        )
+    if value.is_neg():
+        raise RuntimeError(
+            f"{op}(): the written-to tensor {name!r} is a negated view; resolve_neg() it first"
+        )
+
+
 def updatable_in_place(op: str, updated: dict[str, torch.Tensor], **read: torch.Tensor) -> None:
     """``RuntimeError`` if an update in place would write an element twice or change other operands.
 
@@ -159,15 +172,7 @@ def updatable_in_place(op: str, updated: dict[str, torch.Tensor], **read: torch.
     if torch.compiler.is_compiling():  # a tensor that is being traced has no address
         return
     for name, value in updated.items():
-        if value.is_inference() and not torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                f"{op}(): inplace update to inference tensor {name!r} outside InferenceMode is not "
-                "allowed; clone it first"
-            )
-        if value.is_neg():
-            raise RuntimeError(
-                f"{op}(): the written-to tensor {name!r} is a negated view; resolve_neg() it first"
-            )
+        writable(op, name, value)
     # Usually all lie apart: that is seen at once, and each pair is looked at only where it is not.
     end = 1
     for begin, next_end in sorted(map(_address_range, (*updated.values(), *read.values()))):
