@@ -345,3 +345,10 @@ def test_nothing_is_recorded_without_need(op, backend, device):
         assert not f(*leaves).requires_grad
     with torch.inference_mode():
         assert f(*leaves).is_inference()
+
+
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+def test_the_engine_calls_a_shell_s_backward_itself(backend, device):
+    """Not by a class's method that looks it up; PyTorch may come to ignore what says so."""
+    out = P.relu(torch.ones(3, device=device, requires_grad=True), backend=backend)
+    assert type(out.grad_fn).apply is type(out.grad_fn)._forward_cls.backward

@@ -21,13 +21,16 @@ import torch
 from rich.console import Console
 
 from pyext import doctor, registry
+from pyext._build.toolchain import BuildError
 from pyext.backends import BACKENDS
 from pyext.lab import isolated
 from pyext.lab.__main__ import main
-from pyext.lab.compile_report import command, machine_code, triton_rows
+from pyext.lab.compile_report import calls, command, machine_code, predictions, triton_rows
+from pyext.lab.compile_report.calls import Call
 from pyext.lab.compile_report.cuda_rows import CudaLibrary, Unavailable, split_signature
 from pyext.lab.compile_report.machine_code import MachineCode, access_bytes
 from pyext.lab.compile_report.occupancy import MULTIPROCESSORS, occupancy
+from pyext.lab.compile_report.predictions import Prediction
 from pyext.lab.compile_report.row import Row, make_row
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +65,10 @@ each_architecture = pytest.mark.parametrize(
 )
 needs_triton = pytest.mark.skipif(
     triton_rows.unavailable() is not None, reason=triton_rows.unavailable() or ""
+)
+
+needs_emulator = pytest.mark.skipif(
+    calls.why_no_cuda_calls() is not None, reason=str(calls.why_no_cuda_calls())
 )
 
 
@@ -161,6 +168,10 @@ def empty_cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("triton-cache")
 
 
+def rows_of(*request) -> list[Row]:
+    return [each for each in triton_rows.rows_and_calls(*request) if isinstance(each, Row)]
+
+
 def check_triton(rows: list[Row]) -> None:
     assert not broken(rows)
     names = Counter((row.kernel, row.instantiation, row.arch) for row in rows)
@@ -184,7 +195,7 @@ def check_triton(rows: list[Row]) -> None:
 @needs_triton
 def test_triton_kernels_keep_their_limits_at_the_smallest_shapes(empty_cache):
     """The fast subset: float32 on sm_90."""
-    check_triton(list(triton_rows.rows("sm_90", ("float32",), "smallest", empty_cache)))
+    check_triton(rows_of("sm_90", ("float32",), "smallest", empty_cache))
 
 
 @needs_triton
@@ -192,7 +203,7 @@ def test_triton_kernels_keep_their_limits_at_the_smallest_shapes(empty_cache):
 @pytest.mark.parametrize("dtype", triton_rows.DTYPES)
 @pytest.mark.parametrize("architecture", TRITON_ARCHITECTURES)
 def test_triton_kernels_keep_their_limits(architecture, dtype, empty_cache):
-    check_triton(list(triton_rows.rows(architecture, (dtype,), "benchmarks", empty_cache)))
+    check_triton(rows_of(architecture, (dtype,), "benchmarks", empty_cache))
 
 
 @needs_triton
@@ -200,7 +211,7 @@ def test_triton_kernels_keep_their_limits(architecture, dtype, empty_cache):
 @pytest.mark.parametrize("dtype", triton_rows.DTYPES)
 def test_triton_kernels_keep_their_limits_for_every_sample(dtype, empty_cache):
     """Strided, unaligned, odd and empty operands, and every combination of epilogues."""
-    check_triton(list(triton_rows.rows("sm_90", (dtype,), "samples", empty_cache)))
+    check_triton(rows_of("sm_90", (dtype,), "samples", empty_cache))
 
 
 @pytest.mark.parametrize("answers", [[], [{"done": True}]])
@@ -210,7 +221,7 @@ def test_a_compiling_process_that_dies_says_how_unless_it_was_done(monkeypatch, 
         raise isolated.ProcessDied("was ended by SIGKILL")
 
     monkeypatch.setattr(isolated, "stream", stream)
-    rows = triton_rows.rows("sm_90", ("float32",), "smallest")
+    rows = triton_rows.rows_and_calls("sm_90", ("float32",), "smallest")
     if answers:
         assert list(rows) == []
     else:
@@ -420,8 +431,17 @@ def two_rows(monkeypatch):
 
     monkeypatch.setattr(command, "CudaLibrary", Library)
     monkeypatch.setattr(triton_rows, "unavailable", lambda: None)
-    monkeypatch.setattr(triton_rows, "rows", lambda architecture: iter(rows[1:]))
+    monkeypatch.setattr(
+        triton_rows, "rows_and_calls", lambda architecture: iter([*rows[1:], relu_call("triton")])
+    )
+    monkeypatch.setattr(calls, "why_no_cuda_calls", lambda: None)
+    monkeypatch.setattr(calls, "cuda_calls", lambda *args: iter([relu_call("cuda")]))
     return rows
+
+
+def relu_call(language: str, dtype: str = "float32") -> Call:
+    kernels = {"some_kernel": 1, "another_kernel": 1}
+    return Call("relu", "both", [2**24], dtype, language, kernels)
 
 
 def without_library(monkeypatch):
@@ -437,7 +457,33 @@ def test_the_command_writes_every_row(two_rows, tmp_path, capsys):
     written = json.loads(path.read_text())
     assert written["complete"] is True
     assert written["rows"] == [row.to_json() for row in two_rows]
-    assert "2 rows: all keep" in capsys.readouterr().out
+    assert [each["language"] for each in written["predictions"]] == ["cuda", "triton"]
+    assert written["assumed"]["name"] == written["predictions"][0]["gpu"] == "H200"
+    printed = capsys.readouterr().out
+    assert "2 rows: all keep" in printed
+    assert "Predicted, not measured: H200" in printed
+
+
+def test_no_predictions_for_other_architectures(two_rows, monkeypatch, capsys):
+    monkeypatch.setattr(command.CudaLibrary, "architectures", staticmethod(lambda: ["sm_80"]))
+    assert main(["compile-report"]) == 0
+    assert "Predicted" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("when", ["asked", "compiling"])
+def test_no_predictions_for_cuda_without_the_emulator(
+    two_rows, monkeypatch, tmp_path, capsys, when
+):
+    def fail(*args):
+        raise BuildError("it needs a C++ compiler.")
+
+    if when == "asked":
+        monkeypatch.setattr(calls, "why_no_cuda_calls", lambda: "it needs a C++ compiler")
+    monkeypatch.setattr(calls, "cuda_calls", fail)
+    path = tmp_path / "report.json"
+    assert main(["compile-report", "--json", str(path)]) == 0
+    assert "No predictions for CUDA: it needs a C++ compiler." in capsys.readouterr().out
+    assert [each["language"] for each in json.loads(path.read_text())["predictions"]] == ["triton"]
 
 
 def test_a_broken_limit_is_exit_code_1(two_rows, capsys):
@@ -478,7 +524,7 @@ def test_an_interrupted_report_keeps_its_rows(two_rows, monkeypatch, tmp_path, c
     def interrupted(architecture):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(triton_rows, "rows", interrupted)
+    monkeypatch.setattr(triton_rows, "rows_and_calls", interrupted)
     path = tmp_path / "report.json"
     assert main(["compile-report", "--json", str(path)]) == 130
     written = json.loads(path.read_text())
@@ -503,8 +549,10 @@ def test_how_an_architecture_may_be_written(text, name):
 
 def test_the_document_explains_every_field():
     document = (ROOT / "docs" / "compile-report.md").read_text()
-    for field in dataclasses.fields(Row):
-        assert f"| `{field.name}` |" in document
+    of_rows, of_predictions = document.split("One prediction per op")
+    for kind, text in ((Row, of_rows), (Prediction, of_predictions)):
+        for field in dataclasses.fields(kind):
+            assert f"| `{field.name}` |" in text, field.name
 
 
 def test_the_table_shows_every_row(two_rows):
@@ -512,6 +560,85 @@ def test_the_table_shows_every_row(two_rows):
     command.show(two_rows, console)
     text = console.export_text()
     assert "some_kernel" in text and "_some_kernel" in text and "100%" in text
+
+
+# What a call should take
+
+
+def test_a_prediction_by_hand():
+    """float32 squared error of 2^24 elements: 3 x 64 MiB at 4.3 TB/s and two launches of 2 µs."""
+    call = dataclasses.replace(relu_call("cuda"), op="mse_loss")
+    found = predictions.predict(call, [])
+    assert found.bytes == 3 * 2**26
+    assert (found.launches, found.bound, found.unit) == (2, "memory", "FMA")
+    assert found.predicted_us == pytest.approx(3 * 2**26 / 4.3e6 + 4, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changed", "unit"),
+    [
+        ({}, "tensor cores"),
+        ({"arch": "sm_80"}, "FMA"),
+        ({"language": "cuda"}, "FMA"),
+        ({"kernel": "a_third_kernel"}, "FMA"),
+        ({"instantiation": "fp32, 4 warps"}, "FMA"),
+        ({"matrix_instructions": ["FFMA"]}, "FMA"),
+    ],
+)
+def test_tensor_cores_are_assumed_where_the_machine_code_uses_them(changed, unit):
+    row = dataclasses.replace(
+        row_of(code(LDG_E_128=4, STG_E=1)),
+        language="triton",
+        instantiation="bf16, 4 warps",
+        matrix_instructions=["WGMMA"],
+    )
+    row = dataclasses.replace(row, **changed)
+    call = relu_call("triton", "bfloat16")
+    shape = [8192, 4096, 4096, 1024]
+    call = dataclasses.replace(call, op="two_layer", shape=shape)
+    found = predictions.predict(call, [row])
+    assert found.unit == unit
+    flops = 2 * (2 * 8192 * 4096 * 4096 + 3 * 8192 * 4096 * 1024)
+    assert found.flops == flops
+    rate = 790e6 if unit == "tensor cores" else 57e6
+    assert found.predicted_us == pytest.approx(flops / rate + 4, rel=1e-4)
+
+
+@needs_emulator
+def test_a_dry_run_names_the_kernels_and_runs_none():
+    found = {(call.op, *call.shape): call.kernels for call in calls.cuda_calls(("float32",), 132)}
+    assert {op for op, *_ in found} == set(registry.ops())
+    assert found["relu", 2**12] == {"relu_forward_kernel": 1, "relu_backward_kernel": 1}
+    # One cooperative launch, on a GPU with room for its grid; not on the emulated one of 4.
+    assert found["two_layer_sgd_step", 64, 1000, 100, 10] == {"sgd_steps_kernel": 1}
+    few = {(call.op, *call.shape): call.kernels for call in calls.cuda_calls(("float32",), 4)}
+    assert few["two_layer_sgd_step", 64, 1000, 100, 10] == {
+        "sgd_multiply_kernel": 1,
+        "sgd_add_kernel": 1,
+        "sgd_update_kernel": 1,
+    }
+
+
+@needs_emulator
+def test_a_dry_run_runs_nothing_and_ends():
+    op = registry.get("two_layer_sgd_step")
+    args = op.benchmark_inputs((8, 8, 8, 8), torch.float32, "cpu", torch.Generator().manual_seed(0))
+    args = (*args[:4], 0.1)
+    before = args[2].clone()
+    with calls.dry_run(132) as launches:
+        op.function(*args, backend="extension-emulated")
+    assert launches == ["sgd_steps_kernel"]
+    assert torch.equal(args[2], before)
+    op.function(*args, backend="extension-emulated")
+    assert not torch.equal(args[2], before)
+
+
+@needs_triton
+def test_triton_calls_are_those_of_the_ops(empty_cache):
+    found = triton_rows.rows_and_calls("sm_90", ("float32",), "smallest", empty_cache)
+    kernels = {each.op: each.kernels for each in found if isinstance(each, Call)}
+    assert set(kernels) == set(registry.ops())
+    assert sum(kernels["relu"].values()) == 2
 
 
 def test_cuobjdump_that_fails_is_an_error(tmp_path):

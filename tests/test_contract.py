@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import configurations, dtype_id, with_visible_step
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import pyext.functional as P
 from pyext import registry
@@ -302,6 +304,29 @@ def test_mse_loss_scales_its_first_gradient_and_frees_the_graph(scale, backend, 
     assert input.grad.tolist() == [2 * scale] * 7
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
+
+
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+def test_mse_loss_passes_a_tangent_on_in_its_first_backward(backend, device):
+    """The gradient of the forward pass has none."""
+    input = torch.linspace(0.25, 2, 8, device=device, requires_grad=True)
+    loss = P.mse_loss(input, torch.zeros_like(input), backend=backend)
+    with forward_ad.dual_level():
+        upstream = forward_ad.make_dual(*(torch.tensor(each, device=device) for each in (1.0, 3.0)))
+        (grad,) = torch.autograd.grad(loss, input, upstream)
+        primal, tangent = forward_ad.unpack_dual(grad)
+    torch.testing.assert_close(tangent, 3 * primal)
+
+
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+def test_tensors_without_data_broadcast_and_are_refused_as_others(backend, device):
+    with FakeTensorMode():
+        x, row = torch.ones(5, 7, device=device), torch.ones(7, device=device)
+        with pytest.warns(UserWarning, match="different to the input size"):
+            assert P.mse_loss(x, row, "none", backend=backend).shape == (5, 7)
+        x, y, w1, w2 = (torch.ones(s, device=device) for s in ((5, 4), (5, 2), (4, 1), (3, 2)))
+        with pytest.raises(RuntimeError, match="single memory"):
+            P.two_layer_sgd_step(x, y, w1.expand(4, 3), w2, 0.1, backend=backend)
 
 
 @pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)

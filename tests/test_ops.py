@@ -227,6 +227,8 @@ def test_a_nested_tensor_is_refused():
         functional.relu(nested)
     with pytest.raises(NotImplementedError, match="has layout nested"):
         functional.two_layer(torch.ones(5, 4), nested, torch.ones(3, 2))
+    with pytest.raises(NotImplementedError, match="has layout nested"):
+        functional.mse_loss(nested, nested)
 
 
 @pytest.mark.parametrize(("backend", "device"), configurations())

@@ -4,8 +4,8 @@
 // time. docs/emulator.md says what is caught, and what is not modelled.
 //
 // This header is what a kernel and its launcher see; device.cpp runs the blocks, streams.cpp orders
-// the launches, memory_checks.cpp looks at every access of a kernel that was compiled with
-// -fsanitize=thread.
+// the launches or only writes them down, memory_checks.cpp looks at every access of a kernel that was
+// compiled with -fsanitize=thread.
 #pragma once
 
 #include <cstdlib>
@@ -347,6 +347,7 @@ enum cudaDeviceAttr {
 };
 
 namespace emulator {
+int multiprocessors();
 cudaError_t allow_shared_bytes(const void* kernel, int bytes);
 int resident_blocks(std::size_t threads, std::size_t shared_bytes);  // per multiprocessor
 }  // namespace emulator
@@ -382,7 +383,7 @@ inline cudaError_t cudaGetDevice(int* device) {
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
-      *value = emulator::MULTIPROCESSORS;
+      *value = emulator::multiprocessors();
       return cudaSuccess;
     case cudaDevAttrCooperativeLaunch:
       *value = 1;

@@ -64,20 +64,6 @@ std::string text(const uint3& index) {
          std::to_string(index.z) + ")";
 }
 
-// Needs the kernel among the dynamic symbols: a shared library, or an executable linked with
-// -rdynamic.
-std::string kernel_name(const void* kernel) {
-  Dl_info info{};
-  if (dladdr(kernel, &info) == 0 || info.dli_saddr != kernel) return "a kernel";
-  int status = 0;
-  std::unique_ptr<char, void (*)(void*)> name(
-      abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status), std::free);
-  if (status != 0) return info.dli_sname;
-  // A template's name begins with its return type.
-  const std::string found = name.get();
-  return found.starts_with("void ") ? found.substr(5) : found;
-}
-
 class Device {
  public:
   void run(const cudaLaunchConfig_t& config, const Launch& launch) {
@@ -371,6 +357,18 @@ std::mutex one_launch_at_a_time;
 void run(const cudaLaunchConfig_t& config, const Launch& launch) {
   const std::lock_guard lock(one_launch_at_a_time);
   device.run(config, launch);
+}
+
+std::string kernel_name(const void* kernel) {
+  Dl_info info{};
+  if (dladdr(kernel, &info) == 0 || info.dli_saddr != kernel) return "a kernel";
+  int status = 0;
+  std::unique_ptr<char, void (*)(void*)> name(
+      abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status), std::free);
+  if (status != 0) return info.dli_sname;
+  // A template's name begins with its return type.
+  const std::string found = name.get();
+  return found.starts_with("void ") ? found.substr(5) : found;
 }
 
 void fail_launch(const cudaLaunchConfig_t& config, const void* kernel, const std::string& what) {

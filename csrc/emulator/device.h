@@ -124,6 +124,10 @@ class Outside {
 // compiler put in and takes for one that does not throw.
 [[noreturn]] void fail_without_unwinding(const std::string& what);
 
+// A kernel's name with its template arguments. Needs it among the dynamic symbols: a shared library, or
+// an executable linked with -rdynamic.
+std::string kernel_name(const void* kernel);
+
 // Runs a launch to its end.
 void run(const cudaLaunchConfig_t& config, const Launch& launch);
 

@@ -30,6 +30,13 @@ struct LastLaunch {
 thread_local LastLaunch last_launch;
 thread_local cudaStream_t op_stream = nullptr;
 
+// What a device of so many multiprocessors would be given is written down and not run.
+struct DryRun {
+  int multiprocessors = 0;  // 0: launches are run
+  std::string launches;     // a line for each
+};
+DryRun dry_run;
+
 std::vector<EmulatedStream*> streams;
 std::map<const void*, std::size_t> opted_in_shared_bytes;
 
@@ -81,7 +88,7 @@ cudaError_t refusal(const cudaLaunchConfig_t& config, const void* kernel) {
                                       : std::max(opted_in->second, MOST_SHARED_BYTES);
   if (config.dynamicSmemBytes > most_shared) return cudaErrorInvalidValue;
   const std::uint64_t most_blocks =
-      std::uint64_t{MULTIPROCESSORS} * resident_blocks(threads, config.dynamicSmemBytes);
+      std::uint64_t(multiprocessors()) * resident_blocks(threads, config.dynamicSmemBytes);
   if (is_cooperative(config) && std::uint64_t{grid.x} * grid.y * grid.z > most_blocks) {
     return cudaErrorCooperativeLaunchTooLarge;
   }
@@ -111,6 +118,10 @@ cudaError_t submit(const cudaLaunchConfig_t& config, Launch launch) {
   last_launch = {refusal(config, launch.kernel), true, config, launch.kernel};
   last_launch.config.numAttrs = 0;  // they live as long as the caller's configuration
   if (last_launch.error != cudaSuccess) return last_launch.error;
+  if (dry_run.multiprocessors != 0) {
+    dry_run.launches += kernel_name(launch.kernel) + "\n";
+    return cudaSuccess;
+  }
   try {
     const auto attributes = std::make_shared<std::vector<cudaLaunchAttribute>>(
         config.attrs, config.attrs + config.numAttrs);
@@ -123,6 +134,10 @@ cudaError_t submit(const cudaLaunchConfig_t& config, Launch launch) {
     throw;
   }
   return cudaSuccess;
+}
+
+int multiprocessors() {
+  return dry_run.multiprocessors == 0 ? MULTIPROCESSORS : dry_run.multiprocessors;
 }
 
 Op::Op() : outer_regions_(region_count()), outer_stream_(op_stream) {
@@ -158,6 +173,13 @@ int resident_blocks(std::size_t threads, std::size_t shared_bytes) {
 }  // namespace emulator
 
 using namespace emulator;
+
+// For Python's ctypes: from now on launches are only written down, or (0) are run again.
+extern "C" void pyext_emulator_dry_run(int multiprocessors) {
+  dry_run = {multiprocessors, ""};
+}
+
+extern "C" const char* pyext_emulator_launches() { return dry_run.launches.c_str(); }
 
 cudaError_t cudaGetLastError() {
   const cudaError_t error = last_launch.error;
@@ -221,6 +243,10 @@ cudaError_t cudaDeviceSynchronize() {
 }
 
 cudaError_t cudaMemsetAsync(void* address, int value, std::size_t bytes, cudaStream_t stream) {
+  if (dry_run.multiprocessors != 0) {
+    dry_run.launches += "cudaMemsetAsync\n";
+    return cudaSuccess;
+  }
   enqueue(stream, [=] { std::memset(address, value, bytes); });
   return cudaSuccess;
 }

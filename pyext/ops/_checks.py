@@ -156,19 +156,15 @@ def writable(op: str, name: str, value: torch.Tensor) -> None:
 def updatable_in_place(op: str, updated: dict[str, torch.Tensor], **read: torch.Tensor) -> None:
     """``RuntimeError`` if an update in place would write an element twice or change other operands.
 
-    ``torch.compile`` sees strides but no addresses, so there only the former is checked.
+    ``torch.compile`` sees strides but no addresses, so there only the former is checked. (The
+    compiled ``two_layer_sgd_step`` checks both itself, when it runs.)
 
     Args:
         op: the op's name.
         updated: the tensors that the op writes.
         read: those that it only reads.
     """
-    for name, value in updated.items():
-        if _overlaps_itself(value):
-            raise RuntimeError(
-                f"{op}(): more than one element of the written-to tensor {name!r} refers to a "
-                "single memory location; clone() it first"
-            )
+    each_element_once(op, updated)
     if torch.compiler.is_compiling():  # a tensor that is being traced has no address
         return
     for name, value in updated.items():
@@ -188,7 +184,7 @@ def updatable_in_place(op: str, updated: dict[str, torch.Tensor], **read: torch.
         for other_name, other in everything.items():
             if other_name == name:
                 continue
-            if other is value:
+            if other is value and value.numel():
                 raise RuntimeError(f"{op}(): the written-to tensor {name!r} was passed twice")
             other_begin, other_end = ranges[other_name]
             if begin < other_end and other_begin < end:
@@ -196,6 +192,16 @@ def updatable_in_place(op: str, updated: dict[str, torch.Tensor], **read: torch.
                     f"{op}(): the written-to tensor {name!r} shares memory with {other_name!r}; "
                     "clone() one of them first"
                 )
+
+
+def each_element_once(op: str, updated: dict[str, torch.Tensor]) -> None:
+    """``RuntimeError`` if two indices of what is updated share an address."""
+    for name, value in updated.items():
+        if _overlaps_itself(value):
+            raise RuntimeError(
+                f"{op}(): more than one element of the written-to tensor {name!r} refers to a "
+                "single memory location; clone() it first"
+            )
 
 
 def count_update(*updated: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from pyext.ops import _checks, _samples
 from pyext.ops._autograd import add, differentiable, matmul
@@ -40,7 +41,7 @@ def is_usual(x: object) -> bool:
         isinstance(x, torch.Tensor)
         and x.dim() == 2
         and not _checks.autocasts(x.device)
-        and not torch.compiler.is_compiling()
+        and not is_dynamo_compiling()
     )
 
 

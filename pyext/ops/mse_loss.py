@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch.compiler import is_compiling
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from pyext.backends import select
+from pyext.backends import select, select_at_once
 from pyext.ops import _checks, _samples
 from pyext.ops._autograd import add, differentiable
 from pyext.registry import Cost, ErrorInput, Op, RawOp, SampleInput
@@ -49,22 +50,21 @@ def mse_loss(
     the CPU does not mix with CUDA tensors.
     """
     if (
-        isinstance(input, torch.Tensor)
-        and isinstance(target, torch.Tensor)
-        and input.dtype is target.dtype
-        and input.dtype in _WIDE
-        and not is_compiling()
+        isinstance(input, Tensor)
+        and isinstance(target, Tensor)
+        and (dtype := input.dtype) is target.dtype
+        and dtype in _WIDE
+        and not is_dynamo_compiling()
     ):
         # Nothing is to be promoted or cast; the raw ops refuse what else is wrong, other shapes
         # included, and nothing is asked twice: 3 of a small call's 39 µs.
-        number = _checks.reduction(reduction)
-        chosen = select(backend, input.device, "mse_loss")
+        chosen = select_at_once(backend, input.device, "mse_loss")
         if chosen.namespace is not None:
             try:
-                return _mse_loss(chosen.raw, input, target, number)
-            except Exception:
-                if input.shape == target.shape:
-                    _checks.say_better(_check, input, target, reduction)
+                return _mse_loss(chosen.raw, input, target, _checks.REDUCTIONS[reduction])
+            except Exception as refused:
+                _checks.say_better(_check, input, target, reduction)
+                if input.shape == target.shape or not isinstance(refused, RuntimeError):
                     raise
     number = _check(input, target, reduction)
     device, dtype = input.device, input.dtype
@@ -131,10 +131,12 @@ class _mse_loss:
     def forward_with_gradient(raw, needs, input, target, reduction):
         """One pass over memory instead of two, on the CPU where only ``input`` needs a gradient.
 
-        Not in 16 bits: see ``_WIDE``.
+        Not in 16 bits: see ``_WIDE``. Nor for what stands for tensors while a program is exported,
+        which may never run a backward.
         """
         if (
             raw.name == "pyext"
+            and type(input) is Tensor
             and needs[0]
             and not needs[1]
             and reduction != _checks.REDUCTIONS["none"]
@@ -206,7 +208,7 @@ class _mse_loss_backward:
 
 
 def _fake_forward(input, target, reduction):
-    """The loss without data; refuses what a kernel would."""
+    """The loss without data; other shapes and devices are refused as by a kernel."""
     _fit("mse_loss_forward", input, target)
     return input.new_empty(input.shape if reduction == _checks.REDUCTIONS["none"] else ())
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.compiler import is_compiling
 
-from pyext.backends import select
+from pyext.backends import select, select_at_once
 from pyext.ops import _checks, _samples
 from pyext.ops._autograd import differentiable
 from pyext.registry import FLOATING_DTYPES, Cost, ErrorInput, Op, RawOp, SampleInput
@@ -46,7 +46,7 @@ def relu(x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     compiling = is_compiling()
     if not isinstance(x, torch.Tensor) or x.dtype not in _DTYPES or compiling:
         _check(x)
-    chosen = select(backend, x.device, "relu")
+    chosen = (select if compiling else select_at_once)(backend, x.device, "relu")
     if chosen.namespace is None:
         _check(x)
         return eager(x)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.compiler import is_compiling
 
-from pyext.backends import Backend, select
+from pyext.backends import Backend, select, select_at_once
 from pyext.ops import _checks, _two_layer
 from pyext.ops import two_layer as _network
 from pyext.ops._autograd import direct
@@ -64,7 +64,7 @@ def two_layer_sgd_step(
         _check(op, x, y, w1, w2)
         return _step(select(backend, x.device, op), x, y, w1, w2, lr)
     try:
-        chosen = select(backend, x.device, op)
+        chosen = select_at_once(backend, x.device, op)
         if chosen.name in ("eager", "triton"):  # Triton's update is counted before it is refused
             _check(op, x, y, w1, w2)
         else:
@@ -73,6 +73,8 @@ def two_layer_sgd_step(
             _checks.no_transforms(op, x, y, w1, w2)
             _checks.writable(op, "w1", w1)
             _checks.writable(op, "w2", w2)
+            if x.is_neg() or y.is_neg():  # the dispatcher hands the raw op a copy
+                updatable(op, x, y, w1, w2)
         return _step(chosen, x, y, w1, w2, lr)
     except Exception:  # a raw op refuses before it changes anything
         _checks.say_better(_check, op, x, y, w1, w2)
@@ -133,6 +135,7 @@ def eager(x, y, w1, w2, lr) -> torch.Tensor:
 
 def _fake_step(x, y, w1, w2, lr):
     agree("two_layer_sgd_step", x, y, w1, w2)
+    _checks.each_element_once("two_layer_sgd_step", {"w1": w1, "w2": w2})
     return x.new_empty(())
 
 
@@ -182,6 +185,10 @@ def error_inputs(device) -> Iterator[ErrorInput]:
     x, y, w1, w2 = (torch.ones(each, device=device) for each in ((5, 4), (5, 2), (4, 3), (3, 2)))
     negated = torch.ones(4, 3, dtype=torch.complex64, device=device).conj().imag
     yield ErrorInput((x, y, negated, w2, 0.1), RuntimeError, "negated view", name="negated")
+    both = torch.ones(4, 4, dtype=torch.complex64, device=device)
+    y, w2 = (torch.ones(4, 2, device=device) for _ in range(2))
+    args = (both.conj().imag, y, both.imag, w2, 0.1)
+    yield ErrorInput(args, RuntimeError, "shares memory", name="negated_x")
 
 
 def cost(direction: str, shape: tuple[int, ...], itemsize: int) -> Cost:

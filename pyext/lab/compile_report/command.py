@@ -10,14 +10,18 @@ import argparse
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from pyext._build.toolchain import BuildError
 from pyext.lab import results
-from pyext.lab.compile_report import machine_code, triton_rows
+from pyext.lab.compile_report import calls, machine_code, predictions, triton_rows
+from pyext.lab.compile_report.calls import Call
 from pyext.lab.compile_report.cuda_rows import CudaLibrary, Unavailable
+from pyext.lab.compile_report.predictions import Prediction
 from pyext.lab.compile_report.row import Row
 
 OK, FAILED, MISSING, INTERRUPTED = 0, 1, 3, 130
@@ -49,6 +53,7 @@ class Report:
     def __init__(self, architectures: list[str] | None) -> None:
         """Raises Unavailable where there is nothing to read, or not for ``architectures``."""
         self.rows: list[Row] = []
+        self._calls: list[Call] = []
         self.notes: list[str] = []
         self._library: CudaLibrary | None = None
         try:
@@ -67,20 +72,47 @@ class Report:
 
     def collect(self) -> Iterator[Row]:
         """Adds rows one by one. Raises RuntimeError where a kernel cannot be compiled or read."""
-        for row in self._found():
-            self.rows.append(row)
-            yield row
+        for found in self._found():
+            if isinstance(found, Row):
+                self.rows.append(found)
+                yield found
+            elif found.dtype in predictions.DTYPES:
+                self._calls.append(found)
 
-    def _found(self) -> Iterator[Row]:
+    def _found(self) -> Iterator[Row | Call]:
+        gpu = predictions.H200
         if self._library:
             yield from self._library.rows(self.architectures)
+            if gpu.arch in self.architectures:
+                reason = calls.why_no_cuda_calls()
+                try:
+                    if reason is None:
+                        yield from calls.cuda_calls(predictions.DTYPES, gpu.multiprocessors)
+                except BuildError as error:
+                    reason = str(error).removesuffix(".")
+                if reason:
+                    self.notes.append(f"No predictions for CUDA: {reason}.")
         for each in self.architectures if self._with_triton else ():
-            yield from triton_rows.rows(each)
+            for found in triton_rows.rows_and_calls(each):
+                if isinstance(found, Row) or each == gpu.arch:
+                    yield found
+
+    def predictions(self) -> list[Prediction]:
+        """What the calls that were seen should take at best, on the GPU whose architecture is among
+        the report's; empty if none is."""
+        return [predictions.predict(call, self.rows) for call in self._calls]
 
     def to_json(self, complete: bool) -> str:
         """The JSON file's text."""
-        rows = [row.to_json() for row in self.rows]
-        return json.dumps({"rows": rows, "notes": self.notes, "complete": complete}, indent=1)
+        found = self.predictions()
+        text = {
+            "rows": [row.to_json() for row in self.rows],
+            "predictions": [each.to_json() for each in found],
+            "assumed": asdict(predictions.H200) if found else None,
+            "notes": self.notes,
+            "complete": complete,
+        }
+        return json.dumps(text, indent=1)
 
 
 def _not_held(missing: list[str], held: list[str]) -> str:
@@ -114,6 +146,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         except KeyboardInterrupt:
             problem = f"Interrupted: the report ends after {len(report.rows)} rows."
     show(report.rows, console)
+    show_predictions(report.predictions(), console)
     for note in report.notes:
         console.print(note, markup=False, soft_wrap=True)
     if options.json:
@@ -159,6 +192,46 @@ def show(rows: list[Row], console: Console) -> None:
         console.print(table)
     if rows:
         console.print("Sizes in bytes; load and store: the widest access to global memory.")
+
+
+def show_predictions(found: list[Prediction], console: Console) -> None:
+    """One table: each op, shape and dtype with what it should take in both languages."""
+    if not found:
+        return
+    gpu = predictions.H200
+    table = Table(
+        title=f"Predicted, not measured: {gpu.name}, at best",
+        title_justify="left",
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("op", overflow="fold")
+    table.add_column("shape", overflow="fold")
+    table.add_column("dtype")
+    languages = list(dict.fromkeys(each.language for each in found))
+    for language in languages:
+        table.add_column(f"{language}: µs", justify="right")
+        table.add_column("launches", justify="right")
+        table.add_column("most of it")
+    by_call: dict[tuple, dict[str, Prediction]] = {}
+    for each in found:
+        call = each.op, "×".join(map(str, each.shape)), each.dtype
+        by_call.setdefault(call, {})[each.language] = each
+    for call, predicted in sorted(by_call.items()):
+        cells = []
+        for language in languages:
+            each = predicted.get(language)
+            found_here = each and (f"{each.predicted_us:.1f}", str(each.launches), each.bound)
+            cells += found_here or ["-"] * 3
+        table.add_row(*call, *cells)
+    console.print(table)
+    console.print(
+        f"Forward and backward, or a step: the larger of bytes / {gpu.copy_bytes_per_s / 1e12:g} "
+        f"TB/s and FLOPs / {gpu.fma_flops_per_s / 1e12:g} TFLOP/s ("
+        f"{gpu.tensor_core_flops_per_s / 1e12:g} where the machine code has tensor cores' "
+        f"instructions), and {1e6 * gpu.launch_s:g} µs for each launch; what a kernel waits for "
+        "within itself is left out.",
+        soft_wrap=True,
+    )
 
 
 def _cells(row: Row) -> Iterator[str]:

@@ -21,10 +21,10 @@ import torch
 from pyext import registry
 from pyext.lab import isolated
 from pyext.lab.compile_report import machine_code
+from pyext.lab.compile_report.calls import Call, gpu_shapes, run
 from pyext.lab.compile_report.row import Row, make_row
 
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in registry.FLOATING_DTYPES)
-LARGEST_COST = 2**28  # bytes that a call may touch; its operands are allocated on the CPU
 
 
 def unavailable() -> str | None:
@@ -34,13 +34,14 @@ def unavailable() -> str | None:
     return None
 
 
-def rows(
+def rows_and_calls(
     architecture: str,
     dtypes: tuple[str, ...] = DTYPES,
     inputs: str = "benchmarks",
     cache: Path | None = None,
-) -> Iterator[Row]:
-    """One row per kernel that the ops launch, compiled for one architecture.
+) -> Iterator[Row | Call]:
+    """One row per kernel that the ops launch, compiled for one architecture, and each call at a
+    benchmark shape with what it launched.
 
     Args:
         architecture: such as ``sm_90``.
@@ -67,27 +68,22 @@ def rows(
                 raise RuntimeError(f"Triton, {architecture}: {answer['error']}")
             done = answer == {"done": True}
             if not done:
-                yield Row(**answer)
+                yield Row(**answer["row"]) if "row" in answer else Call(**answer["call"])
     except isolated.ProcessDied as error:
         death = error
     if not done:
         raise RuntimeError(f"Triton, {architecture}: the compiling process {death}")
 
 
-def _shapes(op: registry.Op) -> list[tuple[int, ...]]:
-    """The GPU's benchmark shapes that fit this machine: with the op's real tiles and splits."""
-    direction = op.directions[-1]
-    full = op.benchmark_shapes["cuda"]["full"]
-    return [shape for shape in full if op.cost(direction, shape, 1).bytes <= LARGEST_COST]
-
-
-def _calls(op: registry.Op, dtype: torch.dtype, inputs: str) -> Iterator[tuple[str, tuple, dict]]:
-    """(label, arguments, keyword arguments) of every call to compile for."""
+def _calls(
+    op: registry.Op, dtype: torch.dtype, inputs: str
+) -> Iterator[tuple[tuple[int, ...] | str, tuple, dict]]:
+    """(shape or sample's name, arguments, keyword arguments) of every call to compile for."""
     if inputs == "samples":
         for sample in op.sample_inputs("cpu", dtype, requires_grad=not op.is_step):
             yield f"sample {sample.name}", sample.args, dict(sample.kwargs)
         return
-    shapes = _shapes(op)
+    shapes = gpu_shapes(op)
     if inputs == "smallest":
         del shapes[1:]
     if op.cost(op.directions[-1], shapes[0], 1).unit == "elementwise":
@@ -95,7 +91,7 @@ def _calls(op: registry.Op, dtype: torch.dtype, inputs: str) -> Iterator[tuple[s
         shapes.append(tuple(size + 1 for size in shapes[0]))
     for shape in shapes:
         generator = torch.Generator().manual_seed(0)
-        yield str(shape), op.benchmark_inputs(shape, dtype, "cpu", generator), {}
+        yield shape, op.benchmark_inputs(shape, dtype, "cpu", generator), {}
 
 
 class _Compiler:
@@ -124,42 +120,45 @@ class _Compiler:
                 return 0
 
         driver.set_active(CompileOnlyDriver())
-        run = JITFunction.run
+        compile_launch = JITFunction.run
 
         def compile_only(kernel, *args, grid, warmup, **options):
             if self.wanted is None or kernel.__name__ in self.wanted:
-                compiled = run(kernel, *args, grid=grid, warmup=True, **options)
+                compiled = compile_launch(kernel, *args, grid=grid, warmup=True, **options)
                 self.launched.append((kernel.__name__, compiled))
 
         JITFunction.run = compile_only
         TritonBackend.unavailable = lambda self, device, op=None: None
 
-    def rows(self, dtype: torch.dtype, inputs: str) -> Iterator[Row]:
-        """A row per distinct binary, as soon as it was compiled."""
+    def rows_and_calls(self, dtype: torch.dtype, inputs: str) -> Iterator[Row | Call]:
+        """A row per distinct binary, as soon as it was compiled, and the calls at benchmark
+        shapes."""
         found = set()
         self.wanted = None
-        for row in self._rows(dtype, inputs):
-            found.add(row.kernel)
-            yield row
+        for each in self._rows_and_calls(dtype, inputs):
+            if isinstance(each, Row):
+                found.add(each.kernel)
+            yield each
         # Not every kernel has a benchmark: a loss without reduction, say.
         self.wanted = self._stated() - found
         if self.wanted:
-            for row in self._rows(dtype, "samples"):
-                found.add(row.kernel)
-                yield row
+            for each in self._rows_and_calls(dtype, "samples"):
+                found.add(each.kernel)
+                yield each
         # Nor is every one in a first derivative.
         self.wanted = self._stated() - found
         if self.wanted:
             yield from self._raw_rows(dtype)
 
-    def _rows(self, dtype: torch.dtype, inputs: str) -> Iterator[Row]:
+    def _rows_and_calls(self, dtype: torch.dtype, inputs: str) -> Iterator[Row | Call]:
         seen = set()
         for op in registry.ops().values():
-            for label, args, kwargs in _calls(op, dtype, inputs):
-                result = op.function(*args, **kwargs, backend="triton")
-                if result is not None and result.requires_grad:  # some steps return nothing
-                    result.backward(torch.ones_like(result))
-                yield from self._new_rows(seen, f"{op.name} {label}")
+            shapes = gpu_shapes(op)
+            for shape, args, kwargs in _calls(op, dtype, inputs):
+                run(op, args, kwargs, "triton")
+                if shape in shapes:
+                    yield Call.of(op, shape, dtype, "triton", [name for name, _ in self.launched])
+                yield from self._new_rows(seen, f"{op.name} {shape}")
 
     def _raw_rows(self, dtype: torch.dtype) -> Iterator[Row]:
         from pyext.backends import BACKENDS
@@ -267,8 +266,8 @@ def main() -> None:
     try:
         compiler = _Compiler(request["architecture"])
         for dtype in request["dtypes"]:
-            for row in compiler.rows(getattr(torch, dtype), request["inputs"]):
-                send(json.dumps(row.to_json()))
+            for each in compiler.rows_and_calls(getattr(torch, dtype), request["inputs"]):
+                send(json.dumps({type(each).__name__.lower(): each.to_json()}))
     except Exception as error:  # noqa: BLE001 -- told to the parent, which ends
         send(json.dumps({"error": f"{type(error).__name__}: {str(error)[:2000]}"}))
     else:
