@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 from torch.compiler import is_dynamo_compiling
 
 from pyext.backends import select, select_at_once
@@ -136,7 +137,7 @@ class _mse_loss:
         """
         if (
             raw.name == "pyext"
-            and type(input) is Tensor
+            and type(input) in (Tensor, Parameter)
             and needs[0]
             and not needs[1]
             and reduction != _checks.REDUCTIONS["none"]
