@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Parameter
 from torch.compiler import is_dynamo_compiling
+from torch.nn import Parameter
 
 from pyext.backends import select, select_at_once
 from pyext.ops import _checks, _samples
