@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
 
 import pytest
 import torch
@@ -125,6 +126,28 @@ def test_threads_share_the_pool():
 
     with ThreadPoolExecutor(4) as threads:
         assert all(threads.map(work, range(8)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts page faults as Linux does")
+def test_a_step_asks_the_system_for_no_memory():
+    """Its threads come to the pool all at once; none goes without."""
+    import resource
+
+    def faults() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    x, y, w1, w2 = (torch.randn(s) for s in ((1024, 784), (1024, 10), (784, 512), (512, 10)))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(5):
+            P.two_layer_sgd_step(x, y, w1, w2, 1e-9, backend="extension")
+        before = faults()
+        for _ in range(50):
+            P.two_layer_sgd_step(x, y, w1, w2, 1e-9, backend="extension")
+        assert faults() - before < 50 * 3
+    finally:
+        torch.set_num_threads(threads)
 
 
 NO_MEMORY = "allocate memory|out of memory|overflow"
