@@ -312,7 +312,7 @@ def select(name: str | None, device: torch.device, op: str) -> Backend:
 
 def select_at_once(name: str | None, device: torch.device, op: str) -> Backend:
     """:func:`select`, where ``torch.compile`` does not trace: an answer is looked up, not sought
-    again, which takes 0.8 of a small call's 41 µs less."""
+    again (with a name 0.13 µs in place of 0.23, in a loop of nothing else)."""
     try:
         return _selected(_default.name if name is None else name, device, op)
     except TypeError:  # a name that has no hash

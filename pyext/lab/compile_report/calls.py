@@ -14,6 +14,7 @@ import torch
 from pyext import registry
 from pyext.backends import BACKENDS
 from pyext.lab.compile_report.cuda_rows import split_signature
+from pyext.lab.roofline import dtype_name
 
 _LARGEST_COST = 2**28  # bytes that a call may touch; its operands are allocated on the CPU
 
@@ -40,10 +41,8 @@ class Call:
         kernels: Sequence[str],
     ) -> Call:
         """A call that launched ``kernels``, in that order."""
-        dtype_name = str(dtype).removeprefix("torch.")
-        return cls(
-            op.name, op.directions[-1], list(shape), dtype_name, language, dict(Counter(kernels))
-        )
+        direction, launches = op.directions[-1], dict(Counter(kernels))
+        return cls(op.name, direction, list(shape), dtype_name(dtype), language, launches)
 
     def to_json(self) -> dict[str, Any]:
         """The call as one process tells another."""
