@@ -204,14 +204,12 @@ def show_predictions(found: list[Prediction], console: Console) -> None:
         title_justify="left",
         padding=(0, 1, 0, 0),
     )
-    table.add_column("op", overflow="fold")
-    table.add_column("shape", overflow="fold")
-    table.add_column("dtype")
+    for name in ("op", "shape", "dtype"):
+        table.add_column(name, overflow="fold")
     languages = list(dict.fromkeys(each.language for each in found))
     for language in languages:
         table.add_column(f"{language}: µs", justify="right")
         table.add_column("launches", justify="right")
-        table.add_column("most of it")
     by_call: dict[tuple, dict[str, Prediction]] = {}
     for each in found:
         call = each.op, "×".join(map(str, each.shape)), each.dtype
@@ -220,8 +218,7 @@ def show_predictions(found: list[Prediction], console: Console) -> None:
         cells = []
         for language in languages:
             each = predicted.get(language)
-            found_here = each and (f"{each.predicted_us:.1f}", str(each.launches), each.bound)
-            cells += found_here or ["-"] * 3
+            cells += [f"{each.predicted_us:.1f}", str(each.launches)] if each else ["-", "-"]
         table.add_row(*call, *cells)
     console.print(table)
     console.print(
