@@ -59,31 +59,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> two_layer_backward(
   visit_floating(x.scalar_type(), op, [&]<class T>(Type<T>) {
     using Acc = Accumulate<T>;
     PYEXT_ON_BEST_ISA({
-      using Store = kernels::StoreWithBias<Acc, T>;
+      const auto store = [](const Tensor& grad) {
+        return kernels::StoreWithBias<Acc, T>{nullptr, mutable_view<T>(grad)};
+      };
       if (need_x || need_w1 || need_b1) {
-        const Buffer<Acc> workspace(n * n_hidden);
-        const auto d = dense_view(workspace.get(), n, n_hidden);
-        kernels::product<Acc>(view<T>(grad_out), view<T>(w2).transposed(), Parallel{},
-                              kernels::StoreWhereActive<Acc, T>{
-                                  extra ? extra->const_data_ptr<T>() : nullptr,
-                                  view<T>(dense_hidden), d});
-        if (need_x)
-          kernels::product<Acc>(as_const(d), view<T>(w1).transposed(), Parallel{},
-                                Store{nullptr, mutable_view<T>(grad_x)});
+        const Parallel parallel;
+        // Where one thread's work is enough for d, each makes its own instead of fetching that of
+        // another core (at 64 x 1000 x 100 x 10 on two cores a line of whose caches takes 0.15 µs
+        // to the other, 98 → 84 µs in all; 0.03 µs: 73 → 71).
+        const bool own_d =
+            need_w1 && need_w2 && n * n_hidden * n_out < kernels::kSerialWork &&
+            kernels::are_one_region<Acc>(view<T>(x), dense_view<const Acc>(nullptr, n, n_hidden),
+                                         store(grad_w1), store(grad_w2));
+        const Buffer<Acc> workspace(n * n_hidden * (own_d ? parallel.threads : 1));
+        const auto d_of = [&](int64_t task, const Parallel& parallel) {
+          const auto d = dense_view(workspace.get() + task * n * n_hidden, n, n_hidden);
+          kernels::product<Acc>(view<T>(grad_out), view<T>(w2).transposed(), parallel,
+                                kernels::StoreWhereActive<Acc, T>{
+                                    extra ? extra->const_data_ptr<T>() : nullptr,
+                                    view<T>(dense_hidden), d});
+          return as_const(d);
+        };
+        const auto d = as_const(dense_view(workspace.get(), n, n_hidden));
+        if (!own_d) d_of(0, parallel);
         if (need_w1 && need_w2)
-          kernels::weight_products<Acc>(view<T>(x), view<T>(hidden), as_const(d),
-                                        view<T>(grad_out), Parallel{},
-                                        Store{nullptr, mutable_view<T>(grad_w1)},
-                                        Store{nullptr, mutable_view<T>(grad_w2)});
+          kernels::weight_products<Acc>(
+              view<T>(x), view<T>(hidden), d, view<T>(grad_out), parallel, store(grad_w1),
+              store(grad_w2), [&](int64_t task) { return own_d ? d_of(task, Parallel{1}) : d; });
         else if (need_w1)
-          kernels::weight_product<Acc>(view<T>(x), as_const(d), Parallel{},
-                                       Store{nullptr, mutable_view<T>(grad_w1)});
-        if (need_b1)
-          kernels::column_sums<Acc>(as_const(d), grad_b1.mutable_data_ptr<T>(), Parallel{});
+          kernels::weight_product<Acc>(view<T>(x), d, parallel, store(grad_w1));
+        if (need_x)
+          kernels::product<Acc>(d, view<T>(w1).transposed(), parallel, store(grad_x));
+        if (need_b1) kernels::column_sums<Acc>(d, grad_b1.mutable_data_ptr<T>(), parallel);
       }
       if (need_w2 && !need_w1)
         kernels::weight_product<Acc>(view<T>(hidden), view<T>(grad_out), Parallel{},
-                                     Store{nullptr, mutable_view<T>(grad_w2)});
+                                     store(grad_w2));
       if (need_b2)
         kernels::column_sums<Acc>(view<T>(grad_out), grad_b2.mutable_data_ptr<T>(), Parallel{});
     });

@@ -245,16 +245,26 @@ void weight_product(const Matrix<const TA>& a, const Matrix<const TB>& b, const 
     product<Acc>(a.transposed(), b, parallel, epilogue);
 }
 
+// Whether weight_products is one parallel region, in which a thread waits for nobody.
+template <class Acc, class T, class Epilogue1, class Epilogue2>
+bool are_one_region(const Matrix<const T>& x, const Matrix<const Acc>& d,
+                    const Epilogue1& epilogue1, const Epilogue2& epilogue2) {
+  return needs_no_packing<Acc>(x.transposed(), d) && !epilogue1.is_by_columns() &&
+         !epilogue2.is_by_columns();
+}
+
 // epilogue1(xᵀ @ d) and epilogue2(hiddenᵀ @ grad_out), the gradients of w1 and w2. Where neither
 // needs shared packing they are one parallel region, in which each thread takes some rows of both: of
-// w1 those of its half of the depth in forward_by_halves.
-template <class Acc, class T, class TGrad, class Parallel, class Epilogue1, class Epilogue2>
+// w1 those of its half of the depth in forward_by_halves. There d is what `d_of(task)` returns, which
+// is called once for each task of a thread; tasks are at most as many as threads.
+template <class Acc, class T, class TGrad, class Parallel, class Epilogue1, class Epilogue2,
+          class DOf>
 void weight_products(const Matrix<const T>& x, const Matrix<const T>& hidden,
                      const Matrix<const Acc>& d, const Matrix<const TGrad>& grad_out,
                      const Parallel& parallel, const Epilogue1& epilogue1,
-                     const Epilogue2& epilogue2) {
+                     const Epilogue2& epilogue2, const DOf& d_of) {
   const auto x_t = x.transposed(), hidden_t = hidden.transposed();
-  if (!needs_no_packing<Acc>(x_t, d) || epilogue1.is_by_columns() || epilogue2.is_by_columns()) {
+  if (!are_one_region<Acc>(x, d, epilogue1, epilogue2)) {
     weight_product<Acc>(x, d, parallel, epilogue1);
     weight_product<Acc>(hidden, grad_out, parallel, epilogue2);
     return;
@@ -264,12 +274,23 @@ void weight_products(const Matrix<const T>& x, const Matrix<const T>& hidden,
   const int64_t tasks = std::min(threads, std::max<int64_t>(x.columns / kSlab, 1));
   parallel(tasks, threads, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
+      const Matrix<const Acc> d = d_of(task);
       const auto [k, k_end] = share_of(x.columns, task, tasks);
       product<Acc>(x_t.row_range(k, k_end), d, Parallel{1}, epilogue1.from_row(k));
       const auto [j, j_end] = share_of(hidden.columns, task, tasks);
       product<Acc>(hidden_t.row_range(j, j_end), grad_out, Parallel{1}, epilogue2.from_row(j));
     }
   });
+}
+
+// The same of a d that is there already.
+template <class Acc, class T, class TGrad, class Parallel, class Epilogue1, class Epilogue2>
+void weight_products(const Matrix<const T>& x, const Matrix<const T>& hidden,
+                     const Matrix<const Acc>& d, const Matrix<const TGrad>& grad_out,
+                     const Parallel& parallel, const Epilogue1& epilogue1,
+                     const Epilogue2& epilogue2) {
+  weight_products<Acc>(x, hidden, d, grad_out, parallel, epilogue1, epilogue2,
+                       [&](int64_t) { return d; });
 }
 
 // out[j] = Σ_i values(i, j), each column's sum in the order of its rows

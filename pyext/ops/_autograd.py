@@ -7,6 +7,7 @@ custom ``jvp``. So each set of formulas gets three, over the same raw ops, and a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -24,13 +25,17 @@ Saved = tuple[tuple[Any, ...], tuple[Any, ...]]
 class Formulas(Protocol):
     """An op's forward, what it keeps, and its two derivatives, in terms of raw ops.
 
-    ``raw`` is a backend's dispatcher namespace. Every formula but ``forward`` must be made of ops
+    ``raw`` is a backend's dispatcher namespace. Every formula but the forward must be made of ops
     that have a derivative themselves, so that differentiating twice works.
     """
 
+    raw_op: str
+    """The name of the raw op that is the forward: it takes the inputs as they are."""
+
     @staticmethod
     def forward(raw, *inputs) -> Any:
-        """The outputs; those that ``save`` keeps must be among them."""
+        """In place of ``raw_op``, where the raw op takes something else. The outputs; those that
+        ``save`` keeps must be among them."""
 
     @staticmethod
     def save(inputs: tuple, outputs: tuple) -> Saved:
@@ -61,10 +66,15 @@ class GradientInForward(Formulas, Protocol):
         """One gradient (or None) per input, made of ``gradient``, which nobody else holds."""
 
 
-class _Direct(SimpleNamespace):
+class _Direct:
     """A namespace's raw ops as what its attributes call in the end, without two Python calls before
     it: 0.5 of a small raw op's 2.0 µs. Without derivatives, and nothing that torch.compile traces.
     """
+
+    def __init__(self, raw, names: Iterable[str]):
+        self.name = raw.name
+        for name in names:
+            setattr(self, name, getattr(raw, name).default._op)
 
 
 _direct: dict[str, _Direct] = {}
@@ -83,28 +93,34 @@ class Differentiable:
 
     def __init__(self, formulas: type[Formulas]):
         self._formulas = formulas
-        self._forward = formulas.forward
         self._shells: dict[str, SimpleNamespace] = {}
-        self._plain: dict[Any, Callable] = {}  # namespace -> what an everyday call calls
+        # By namespace (the one below also by _Direct): what an everyday call calls, with autograd
+        # and without.
+        self._recorded: dict[Any, Callable] = {}
+        self._computed: dict[Any, Callable] = {}
         self._all.append(self)
 
     def __call__(self, raw, *inputs):
         if type(raw) is _Direct:  # from a formula that nothing differentiates
-            return self._forward(raw, *inputs)
+            return self._computed[raw](*inputs)
         # Not is_compiling(), which is true for more than what traces these lines, and in two calls
         # where this is one: 1 of mse_loss's 41 µs at 4096 elements, which asks three times.
         if is_dynamo_compiling():
             if _records(inputs):
                 return self._shells[raw.name].compiled.apply(*inputs)
             # PyTorch 2.14 hands a ctx to the forward of a Function that needs no gradient.
-            return self._forward(getattr(torch.ops, raw.name), *inputs)
+            return _forward(self._formulas, getattr(torch.ops, raw.name), inputs)
+        return self.at_once(raw, *inputs)
+
+    def at_once(self, raw, *inputs):
+        """The same from callers that know that ``torch.compile`` does not trace."""
         if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return self._shells[raw.name].functional.apply(*inputs)
         if is_grad_enabled():
             for each in inputs:  # not any(): its generator is 0.4 of a small call's 10 µs
                 if isinstance(each, Tensor) and each.requires_grad:
-                    return self._plain[raw](*inputs)
-        return self._forward(_direct[raw.name], *inputs)
+                    return self._recorded[raw](*inputs)
+        return self._computed[raw](*inputs)
 
     @classmethod
     def make_shells(cls, raw, names: Iterable[str]) -> None:
@@ -114,12 +130,26 @@ class Differentiable:
             raw: the namespace.
             names: of the raw ops in it.
         """
-        _direct[raw.name] = _Direct(
-            name=raw.name, **{name: getattr(raw, name).default._op for name in names}
-        )
+        direct = _direct[raw.name] = _Direct(raw, names)
         for each in cls._all:
-            each._shells[raw.name] = _make_shells(each._formulas, raw.name)
-            each._plain[raw] = each._shells[raw.name].plain.apply
+            computed = _without_autograd(each._formulas, direct)
+            each._shells[raw.name] = _make_shells(each._formulas, direct, computed)
+            each._recorded[raw] = each._shells[raw.name].plain.apply
+            each._computed[raw] = each._computed[direct] = computed
+
+
+def _forward(formulas: type[Formulas], raw, inputs: tuple) -> Any:
+    if hasattr(formulas, "raw_op"):
+        return getattr(raw, formulas.raw_op)(*inputs)
+    return formulas.forward(raw, *inputs)
+
+
+def _without_autograd(formulas: type[Formulas], direct: _Direct) -> Callable:
+    """The forward over ``direct``, in as few Python calls as there can be."""
+    if hasattr(formulas, "raw_op"):
+        # Where the namespace lacks it no call comes: the backend says that it is not available.
+        return getattr(direct, formulas.raw_op, None)
+    return functools.partial(formulas.forward, direct)
 
 
 def _records(inputs: tuple) -> bool:
@@ -143,16 +173,14 @@ def differentiable(formulas: type[Formulas]) -> Differentiable:
     return Differentiable(formulas)
 
 
-def _make_shells(formulas: type[Formulas], namespace: str) -> SimpleNamespace:
+def _make_shells(formulas: type[Formulas], direct: _Direct, computed: Callable) -> SimpleNamespace:
     # What torch.compile traces holds the name: it knows no way to trace a namespace held itself.
-    save = formulas.save
-    # What it does not trace holds what a call needs.
-    direct, formula = _direct[namespace], formulas.forward
+    namespace, save = direct.name, formulas.save
     with_gradient = getattr(formulas, "forward_with_gradient", None)
 
     def forward_with_ctx(ctx, *inputs):
         if with_gradient is None:
-            outputs = formula(direct, *inputs)
+            outputs = computed(*inputs)
         else:
             outputs, ctx.gradient = with_gradient(direct, ctx.needs_input_grad, *inputs)
         # As ``keep``: a call of it, and its calls, are 0.8 of 202 µs of two_layer at
@@ -173,7 +201,7 @@ def _make_shells(formulas: type[Formulas], namespace: str) -> SimpleNamespace:
         return tensors
 
     def forward(*inputs):
-        return formulas.forward(getattr(torch.ops, namespace), *inputs)
+        return _forward(formulas, getattr(torch.ops, namespace), inputs)
 
     def setup_context(ctx, inputs, output):
         keep(ctx, inputs, output)
@@ -185,6 +213,7 @@ def _make_shells(formulas: type[Formulas], namespace: str) -> SimpleNamespace:
         if grads[0] is None and all(grad is None for grad in grads):
             return tuple(None for _ in ctx.needs_input_grad)
         return formulas.backward(
+            # Not `direct`: torch.compile traces this, and knows no way to trace what it would hold.
             getattr(torch.ops, namespace) if _is_differentiated() else _direct[namespace],
             ctx.saved_tensors,
             getattr(ctx, "constants", ()),
@@ -229,6 +258,8 @@ def _make_shells(formulas: type[Formulas], namespace: str) -> SimpleNamespace:
         # ``backward`` or ``vjp``: 3 of 202 µs of two_layer at 64 x 1000 x 100 x 10, as cold as a
         # kernel leaves the caches.
         plain._backward_cls.apply = plain.backward
+        # What a ctx that has none of its own finds at once, not at the end of eight classes.
+        plain._backward_cls.constants = ()
     return SimpleNamespace(
         plain=plain,
         functional=functional,

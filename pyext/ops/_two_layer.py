@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+from torch._C import _is_any_autocast_enabled
 from torch.compiler import is_dynamo_compiling
 
 from pyext.ops import _checks, _samples
@@ -40,7 +41,7 @@ def is_usual(x: object) -> bool:
     return (
         isinstance(x, torch.Tensor)
         and x.dim() == 2
-        and not _checks.autocasts(x.device)
+        and not _is_any_autocast_enabled()  # on whatever device; prepare() asks which
         and not is_dynamo_compiling()
     )
 
@@ -163,9 +164,7 @@ class two_layer_backward:
     grad_b2 = Σ grad_out. Its own derivative is in PyTorch's ops, hence differentiable to any order.
     """
 
-    @staticmethod
-    def forward(raw, grad_out, grad_hidden, x, w1, w2, hidden, *needs):
-        return raw.two_layer_backward(grad_out, grad_hidden, x, w1, w2, hidden, *needs)
+    raw_op = "two_layer_backward"
 
     @staticmethod
     def save(inputs, outputs):

@@ -150,9 +150,7 @@ def _scale(p: float) -> float:
 class _dropout:
     """Linear in its input, so that it is its own derivative."""
 
-    @staticmethod
-    def forward(raw, input, seed, threshold, scale):
-        return raw.dropout_seeded(input, seed, threshold, scale)
+    raw_op = "dropout_seeded"
 
     @staticmethod
     def save(inputs, outputs):

@@ -62,7 +62,8 @@ def mse_loss(
         chosen = select_at_once(backend, input.device, "mse_loss")
         if chosen.namespace is not None:
             try:
-                return _mse_loss(chosen.raw, input, target, _checks.REDUCTIONS[reduction])
+                number = _checks.REDUCTIONS[reduction]
+                return _mse_loss.at_once(chosen.raw, input, target, number)
             except Exception as refused:
                 _checks.say_better(_check, input, target, reduction)
                 if input.shape == target.shape or not isinstance(refused, RuntimeError):
@@ -124,9 +125,7 @@ def reduce(values: torch.Tensor, reduction: int) -> torch.Tensor:
 class _mse_loss:
     """d loss = Σ 2 (input - target) (d input - d target) [/ n]."""
 
-    @staticmethod
-    def forward(raw, input, target, reduction):
-        return raw.mse_loss_forward(input, target, reduction)
+    raw_op = "mse_loss_forward"
 
     @staticmethod
     def forward_with_gradient(raw, needs, input, target, reduction):
@@ -173,9 +172,7 @@ class _mse_loss:
 class _mse_loss_backward:
     """grad_input = 2 (input - target) grad [/ n], itself a function of all three tensors."""
 
-    @staticmethod
-    def forward(raw, grad, input, target, reduction):
-        return raw.mse_loss_backward(grad, input, target, reduction)
+    raw_op = "mse_loss_backward"
 
     @staticmethod
     def save(inputs, outputs):

@@ -81,9 +81,7 @@ def eager(x: torch.Tensor) -> torch.Tensor:
 class _relu:
     """d relu(x) = dx where relu(x) > 0, else 0: the output is all that the derivative needs."""
 
-    @staticmethod
-    def forward(raw, x):
-        return raw.relu_forward(x)
+    raw_op = "relu_forward"
 
     @staticmethod
     def save(inputs, outputs):
@@ -102,9 +100,7 @@ class _relu:
 class _relu_backward:
     """Linear in ``grad`` and constant in ``out``, so that it is its own derivative."""
 
-    @staticmethod
-    def forward(raw, grad, out):
-        return raw.relu_backward(grad, out)
+    raw_op = "relu_backward"
 
     @staticmethod
     def save(inputs, outputs):
@@ -126,9 +122,7 @@ class _relu_with_mask:
     """The same, but what the derivative needs is a mask: 2 n items and n / 8 bytes to move each
     way, where ``_relu`` moves 2 n and 3 n."""
 
-    @staticmethod
-    def forward(raw, x):
-        return raw.relu_forward_with_mask(x)
+    raw_op = "relu_forward_with_mask"
 
     @staticmethod
     def save(inputs, outputs):
@@ -147,9 +141,7 @@ class _relu_with_mask:
 class _relu_backward_with_mask:
     """Linear in ``grad``, so that it is its own derivative."""
 
-    @staticmethod
-    def forward(raw, grad, mask):
-        return raw.relu_backward_with_mask(grad, mask)
+    raw_op = "relu_backward_with_mask"
 
     @staticmethod
     def save(inputs, outputs):

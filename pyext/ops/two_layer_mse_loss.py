@@ -52,7 +52,7 @@ def two_layer_mse_loss(
         try:
             chosen = select_at_once(backend, x.device, "two_layer_mse_loss")
             if chosen.namespace is not None:
-                return _two_layer_mse_loss(chosen.raw, x, y, w1, w2, b1, b2, number)[0]
+                return _two_layer_mse_loss.at_once(chosen.raw, x, y, w1, w2, b1, b2, number)[0]
         except Exception:
             _checks.say_better(_prepare, *given, y)
             raise
@@ -84,9 +84,7 @@ def eager(x, y, w1, w2, b1=None, b2=None, reduction="sum") -> torch.Tensor:
 class _two_layer_mse_loss:
     """Returns hidden and error = prediction - y beside the loss, as ``two_layer`` does hidden."""
 
-    @staticmethod
-    def forward(raw, x, y, w1, w2, b1, b2, reduction):
-        return raw.two_layer_mse_loss_forward(x, y, w1, w2, b1, b2, reduction)
+    raw_op = "two_layer_mse_loss_forward"
 
     @staticmethod
     def save(inputs, outputs):
