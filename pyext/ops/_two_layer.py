@@ -266,6 +266,10 @@ LARGE_SAMPLE_SHAPES = {
     "blocks": (130, 530, 70, 33),
     "panel": (66, 301, 100, 10),  # all of hidden in one panel of registers on AVX-512
     "wide": (3, 5, 2100, 3),
+    # Rows of x that the C++ product reads in place, in two blocks of the depth; then rows that lie
+    # as far apart as pages, which it packs.
+    "deep": (15, 1100, 20, 3),
+    "page": (15, 1024, 20, 3),
 }
 # (N, I, H, O): usual, odd around tiles and vectors, one element, and each extent empty.
 SAMPLE_SHAPES = {
