@@ -94,6 +94,18 @@ def test_a_loss_beyond_float16_is_finite_under_autocast(backend, device):
     assert loss == 16 * 2.0**30  # each output is 2^15, which float16 holds
 
 
+def test_autocast_for_another_device_changes_nothing():
+    x, w1, w2 = (torch.randn(s) for s in ((5, 4), (4, 3), (3, 2)))
+    expected = P.two_layer(x, w1, w2)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        actual = P.two_layer(x, w1, w2)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert actual.dtype == torch.float32
+    assert torch.equal(actual, expected)
+
+
 def _model(device):
     torch.manual_seed(0)
     layers = (torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))

@@ -295,7 +295,13 @@ def _surrounded(value, filler: float):
 # another path; no packing.
 LARGE_SHAPES = {
     "n": [(200_003,)],
-    "out": [(203, 700, 301, 37), (20, 1100, 1500, 16), (1100, 64, 100, 10), (1100, 9, 52, 3)],
+    "out": [
+        (203, 700, 301, 37),
+        (20, 1100, 1500, 16),
+        (1100, 64, 100, 10),
+        (1100, 9, 52, 3),
+        (66, 301, 100, 10),
+    ],
     "kernel": [(5, 7, 61, 75, 2), (3, 11, 41, 38, 3)],
     "steps": [(203, 700, 301, 37, 2)],
 }
@@ -328,6 +334,26 @@ def test_large_result_is_right_and_does_not_depend_on_the_thread_count(op, shape
     for other in results[1:]:
         for name, value in results[0].items():
             assert value is other[name] or torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=dtype_id)
+def test_gradients_of_all_of_a_network_do_not_depend_on_the_thread_count(dtype):
+    if reason := BACKENDS["extension"].unavailable("cpu"):
+        pytest.skip(reason)
+    op = registry.get("two_layer")
+    (args,) = (each.args for each in op.sample_inputs("cpu", dtype, True) if each.name == "panel")
+    threads = torch.get_num_threads()
+    gradients = []
+    try:
+        for count in (1, 2, 3, 16):
+            torch.set_num_threads(count)
+            out = op.function(*args, backend="extension")
+            gradients.append(torch.autograd.grad(out, args, torch.ones_like(out)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in gradients[1:]:
+        for gradient, same in zip(gradients[0], other, strict=True):
+            assert torch.equal(gradient, same)
 
 
 @pytest.mark.parametrize(("backend", "device"), configurations())

@@ -245,18 +245,24 @@ void weight_product(const Matrix<const TA>& a, const Matrix<const TB>& b, const 
     product<Acc>(a.transposed(), b, parallel, epilogue);
 }
 
-// Whether weight_products is one parallel region, in which a thread waits for nobody.
-template <class Acc, class T, class Epilogue1, class Epilogue2>
-bool are_one_region(const Matrix<const T>& x, const Matrix<const Acc>& d,
-                    const Epilogue1& epilogue1, const Epilogue2& epilogue2) {
-  return needs_no_packing<Acc>(x.transposed(), d) && !epilogue1.is_by_columns() &&
-         !epilogue2.is_by_columns();
+// The tasks of weight_products where it is one parallel region, in which they wait for nobody, at
+// most one for each thread; else 0. Of d and grad_out only the shapes and strides count.
+template <class Acc, class T, class TGrad, class Parallel, class Epilogue1, class Epilogue2>
+int64_t tasks_of_one_region(const Matrix<const T>& x, const Matrix<const Acc>& d,
+                            const Matrix<const TGrad>& grad_out, const Parallel& parallel,
+                            const Epilogue1& epilogue1, const Epilogue2& epilogue2) {
+  if (!needs_no_packing<Acc>(x.transposed(), d) || epilogue1.is_by_columns() ||
+      epilogue2.is_by_columns())
+    return 0;
+  const int64_t work = d.rows * d.columns * (x.columns + grad_out.columns);
+  return std::min(work < kSerialWork ? 1 : parallel.threads,
+                  std::max<int64_t>(x.columns / kSlab, 1));
 }
 
 // epilogue1(xᵀ @ d) and epilogue2(hiddenᵀ @ grad_out), the gradients of w1 and w2. Where neither
 // needs shared packing they are one parallel region, in which each thread takes some rows of both: of
 // w1 those of its half of the depth in forward_by_halves. There d is what `d_of(task)` returns, which
-// is called once for each task of a thread; tasks are at most as many as threads.
+// is called once for each of tasks_of_one_region.
 template <class Acc, class T, class TGrad, class Parallel, class Epilogue1, class Epilogue2,
           class DOf>
 void weight_products(const Matrix<const T>& x, const Matrix<const T>& hidden,
@@ -264,15 +270,14 @@ void weight_products(const Matrix<const T>& x, const Matrix<const T>& hidden,
                      const Parallel& parallel, const Epilogue1& epilogue1,
                      const Epilogue2& epilogue2, const DOf& d_of) {
   const auto x_t = x.transposed(), hidden_t = hidden.transposed();
-  if (!are_one_region<Acc>(x, d, epilogue1, epilogue2)) {
+  const int64_t tasks =
+      tasks_of_one_region<Acc>(x, d, grad_out, parallel, epilogue1, epilogue2);
+  if (tasks == 0) {
     weight_product<Acc>(x, d, parallel, epilogue1);
     weight_product<Acc>(hidden, grad_out, parallel, epilogue2);
     return;
   }
-  const int64_t threads =
-      d.rows * d.columns * (x.columns + grad_out.columns) < kSerialWork ? 1 : parallel.threads;
-  const int64_t tasks = std::min(threads, std::max<int64_t>(x.columns / kSlab, 1));
-  parallel(tasks, threads, [&](int64_t begin, int64_t end) {
+  parallel(tasks, tasks, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const Matrix<const Acc> d = d_of(task);
       const auto [k, k_end] = share_of(x.columns, task, tasks);

@@ -7,7 +7,6 @@ custom ``jvp``. So each set of formulas gets three, over the same raw ops, and a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -146,10 +145,9 @@ def _forward(formulas: type[Formulas], raw, inputs: tuple) -> Any:
 
 def _without_autograd(formulas: type[Formulas], direct: _Direct) -> Callable:
     """The forward over ``direct``, in as few Python calls as there can be."""
-    if hasattr(formulas, "raw_op"):
-        # Where the namespace lacks it no call comes: the backend says that it is not available.
-        return getattr(direct, formulas.raw_op, None)
-    return functools.partial(formulas.forward, direct)
+    if hasattr(direct, getattr(formulas, "raw_op", "")):
+        return getattr(direct, formulas.raw_op)
+    return lambda *inputs: _forward(formulas, direct, inputs)
 
 
 def _records(inputs: tuple) -> bool:

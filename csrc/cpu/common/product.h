@@ -57,7 +57,8 @@ __attribute__((noinline)) void microkernel(int64_t depth, const Acc* a, int64_t 
 constexpr int64_t kDepthBlock = 1024;
 // Columns packed at once: 1024 x 2048 floats are 8 MiB, a share of L3.
 constexpr int64_t kColumnBlock = 2048;
-// Rows packed at once by a thread: 96 x 1024 floats are 384 KiB, a part of L2.
+// Rows that a thread packs, or reads in place, for panel after panel: 96 x 1024 floats are 384 KiB, a
+// part of L2.
 constexpr int64_t kRowBlock = 96;
 // Multiply-adds below which one thread is faster: waking the second costs about 5 µs.
 constexpr int64_t kSerialWork = 1 << 18;
@@ -74,12 +75,11 @@ void multiply_tile(int64_t depth, const Acc* a, int64_t a_row_stride, const Acc*
 }
 
 // Whether rows of A are read where they lie. In bare loops over the tiles of 1024 x 784 x 512 packing
-// takes 5 % of one thread's time and reading in place 2 %. But rows that start as far apart as a way
-// of L1 is long push each other out of it: 22 %.
-template <class Acc, class T>
-bool is_read_in_place(const Matrix<const T>& a) {
-  return std::is_same_v<T, Acc> && a.column_stride == 1 &&
-         a.row_stride * int64_t(sizeof(Acc)) % 4096 != 0;
+// takes 5 % of one thread's time and reading in place 2 %, as it does where rows start 2048 bytes
+// apart. But those 4096 apart, as long as a way of L1, push each other out of it: 22 %.
+template <class Acc>
+bool is_read_in_place(const Matrix<const Acc>& a) {
+  return a.column_stride == 1 && a.row_stride * int64_t(sizeof(Acc)) % 4096 != 0;
 }
 
 // Four rows of four become four columns: out[c * stride + r] = in[r * row_stride + c].
@@ -248,14 +248,12 @@ void tiled_product(const Operands<Acc>& of, const Parallel& parallel) {
         const int64_t i_begin = slab_begin * kRows, i_end = std::min(slab_end * kRows, m);
         const int64_t i_packed = of.a ? i_end / kRows * kRows : i_begin;
         if (i_packed < i_end)
-          of.pack_a(i_packed, i_end - i_packed, k_begin, block_depth,
-                    packed_a + (i_packed - i_begin) * block_depth);
+          of.pack_a(i_packed, i_end - i_packed, k_begin, block_depth, packed_a);
         for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
           const int64_t j = j_begin + panel * kPanel;
           const Acc* b_panel = packed_b.get() + panel * kPanel * block_depth;
           for (int64_t slab = slab_begin; slab < slab_end; ++slab) {
             const int64_t i = slab * kRows, rows = std::min<int64_t>(kRows, m - i);
-            const Acc* a_slab = packed_a + (slab - slab_begin) * kRows * block_depth;
             // The tile's place among the sums; a last slab may lack rows, so it goes by copy.
             Acc* waiting =
                 one_depth_block ? nullptr : sums.get() + i * column_block + panel * kPanel;
@@ -267,8 +265,9 @@ void tiled_product(const Operands<Acc>& of, const Parallel& parallel) {
                                                         of.a + i * of.a_row_stride + k_begin,
                                                         of.a_row_stride, b_panel, c, !first);
             else
-              multiply_tile<Acc, kRows, kVectors, false>(block_depth, a_slab, 0, b_panel, c,
-                                                         !first);
+              multiply_tile<Acc, kRows, kVectors, false>(block_depth,
+                                                         packed_a + (i - i_packed) * block_depth, 0,
+                                                         b_panel, c, !first);
             if (last)
               of.finish(i, rows, j, std::min(kPanel, n - j), c, kPanel);
             else
@@ -278,8 +277,8 @@ void tiled_product(const Operands<Acc>& of, const Parallel& parallel) {
         }
       };
       parallel(grid.rows * grid.columns, threads, [&](int64_t begin, int64_t end) {
-        Buffer<Acc> packed_a(std::min(row_block, divide_up(slabs, grid.rows)) * kRows *
-                             block_depth);
+        const int64_t packed_slabs = of.a ? 1 : std::min(row_block, divide_up(slabs, grid.rows));
+        Buffer<Acc> packed_a(packed_slabs * kRows * block_depth);
         Buffer<Acc> tile(kRows * kPanel);
         for (int64_t task = begin; task < end; ++task) {
           const int64_t row = task / grid.columns, column = task % grid.columns;
@@ -511,7 +510,7 @@ void product(const Matrix<const TA>& a, const Matrix<const TB>& b, Parallel para
     };
     const Acc* in_place = nullptr;
     if constexpr (std::is_same_v<TA, Acc>)
-      if (is_read_in_place<Acc>(a)) in_place = a.data;
+      if (is_read_in_place(a)) in_place = a.data;
     tiled_product<Acc, kRows, kVectors>(Operands<Acc>{a.rows, b.columns, a.columns, in_place,
                                                       a.row_stride, pack_rows, pack_panel, finish},
                                         parallel);
