@@ -17,6 +17,8 @@ struct Matrix {
   T& operator()(int64_t i, int64_t j) const {
     return data[i * row_stride + j * column_stride];
   }
+  // The same as a pointer: of an empty matrix, which may have no data, there is no reference.
+  T* at(int64_t i, int64_t j) const { return data + i * row_stride + j * column_stride; }
   // As an nn.Linear's weight.t() does; such a matrix is best made as its transpose, by rows.
   bool is_by_columns() const { return row_stride == 1 && column_stride != 1; }
   Matrix transposed() const { return {data, columns, rows, column_stride, row_stride}; }

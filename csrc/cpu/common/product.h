@@ -113,7 +113,7 @@ void pack_b(const Matrix<const T>& b, int64_t k_begin, int64_t depth, int64_t j_
   const int64_t columns = std::min(panel_columns, b.columns - j_begin);
   if (b.column_stride == 1) {
     for (int64_t k = 0; k < depth; ++k) {
-      const T* row = &b(k_begin + k, j_begin);
+      const T* row = b.at(k_begin + k, j_begin);
       Acc* out = packed + k * panel_columns;
       for (int64_t j = 0; j < columns; ++j) out[j] = Acc(row[j]);
       for (int64_t j = columns; j < panel_columns; ++j) out[j] = 0;
@@ -123,7 +123,7 @@ void pack_b(const Matrix<const T>& b, int64_t k_begin, int64_t depth, int64_t j_
   int64_t j = 0;
   if constexpr (std::is_same_v<T, Acc>)
     for (; b.row_stride == 1 && j + 4 <= columns; j += 4) {  // by quads, as pack_a
-      const Acc* in = &b(k_begin, j_begin + j);
+      const Acc* in = b.at(k_begin, j_begin + j);
       int64_t k = 0;
       for (; k + 4 <= depth; k += 4)
         transpose_4x4(in + k, b.column_stride, packed + k * panel_columns + j, panel_columns);
@@ -146,10 +146,10 @@ void pack_a(const Matrix<const T>& a, int64_t i_begin, int64_t rows, int64_t k_b
       for (int64_t k = 0; k < depth && whole; ++k) {
         // Nothing else foresees which lines come next (2 % of a product of 784 x 1024 x 512).
         for (int64_t r = 0; k + 8 < depth && r < rows; r += 64 / int64_t(sizeof(Acc)))
-          __builtin_prefetch(&a(i_begin + r, k_begin + k + 8));
+          __builtin_prefetch(a.at(i_begin + r, k_begin + k + 8));
         for (int64_t slab = 0; slab < whole; ++slab)
           std::memcpy(packed + (slab * depth + k) * kRows,
-                      &a(i_begin + slab * kRows, k_begin + k), kRows * sizeof(Acc));
+                      a.at(i_begin + slab * kRows, k_begin + k), kRows * sizeof(Acc));
       }
   }
   for (int64_t slab = a.row_stride == 1 && std::is_same_v<T, Acc> ? whole : 0;
@@ -160,7 +160,7 @@ void pack_a(const Matrix<const T>& a, int64_t i_begin, int64_t rows, int64_t k_b
     // Element by element, packing took 12 % of a product of 1024 x 784 x 512.
     if constexpr (std::is_same_v<T, Acc>)
       for (; a.column_stride == 1 && i + 4 <= there; i += 4) {
-        const Acc* in = &a(i_begin + slab * kRows + i, k_begin);
+        const Acc* in = a.at(i_begin + slab * kRows + i, k_begin);
         int64_t k = 0;
         for (; k + 4 <= depth; k += 4)
           transpose_4x4(in + k, a.row_stride, out + k * kRows + i, kRows);
@@ -168,7 +168,7 @@ void pack_a(const Matrix<const T>& a, int64_t i_begin, int64_t rows, int64_t k_b
           for (int64_t r = 0; r < 4; ++r) out[k * kRows + i + r] = in[r * a.row_stride + k];
       }
     for (; i < there; ++i) {
-      const T* in = &a(i_begin + slab * kRows + i, k_begin);
+      const T* in = a.at(i_begin + slab * kRows + i, k_begin);
       for (int64_t k = 0; k < depth; ++k) out[k * kRows + i] = Acc(in[k * a.column_stride]);
     }
     for (; i < kRows; ++i)
@@ -380,7 +380,7 @@ void direct_product(const Matrix<const Acc>& a, const Matrix<const Acc>& b,
     Acc tile[kDirectRows * kDirectVectors * Vector<Acc>::lanes];
     const auto multiply = [&](int64_t i, int64_t k, Acc* c, int64_t c_row_stride, auto merge) {
       direct_microkernel<Acc, Tail, kUnitRows>(
-          std::min(kSumBlock, b.rows - k), &a(i, k), a.row_stride, a.column_stride,
+          std::min(kSumBlock, b.rows - k), a.at(i, k), a.row_stride, a.column_stride,
           b.data + k * b.row_stride, b.row_stride, n, c, c_row_stride, merge);
     };
     for (int64_t slab = begin; slab < end; ++slab) {
@@ -457,7 +457,7 @@ void narrow_product(const Matrix<const Acc>& a, const Matrix<const Acc>& b,
       // The last slab repeats rows of the one before rather than having fewer.
       const int64_t first = slab * kNarrowRows, i = std::min(first, a.rows - kNarrowRows);
       for (int64_t k = 0; k == 0 || k < b.rows; k += kSumBlock)
-        narrow_microkernel<Acc, kUnitRows>(std::min(kSumBlock, b.rows - k), &a(i, k), a.row_stride,
+        narrow_microkernel<Acc, kUnitRows>(std::min(kSumBlock, b.rows - k), a.at(i, k), a.row_stride,
                                            a.column_stride, packed_b.get() + k * lanes, tile,
                                            k > 0);
       for (int64_t r = first - i; r < kNarrowRows; ++r) epilogue(i + r, 0, n, tile + r * lanes);
