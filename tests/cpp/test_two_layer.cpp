@@ -55,6 +55,7 @@ void check_step(int64_t n, int64_t n_in, int64_t n_hidden, int64_t n_out, int64_
   const Values<T> w2_before(n_hidden, n_out, 3, w2_by_columns);
   Values<T> w1 = w1_before, w2 = w2_before, hidden(n, n_hidden), grad_out(n, n_out), d(n, n_hidden);
   Values<T> g1(n_in, n_hidden, 0, w1_by_columns), g2(n_hidden, n_out, 0, w2_by_columns);
+  Values<T> g1_of_copies = g1, g2_of_copies = g2;
   const T lr = T(0.5);
   PYEXT_ON_BEST_ISA({
     const int64_t partials = pyext::divide_up(n_out, kernels::Vector<T>::lanes);
@@ -74,6 +75,21 @@ void check_step(int64_t n, int64_t n_in, int64_t n_hidden, int64_t n_out, int64_
     kernels::weight_products<T>(x.view(), hidden.view(), d.view(), grad_out.view(),
                                 Backwards{threads}, kernels::StoreWithBias<T, T>{nullptr, g1.matrix()},
                                 kernels::StoreWithBias<T, T>{nullptr, g2.matrix()});
+    const kernels::StoreWithBias<T, T> store_1{nullptr, g1_of_copies.matrix()};
+    const kernels::StoreWithBias<T, T> store_2{nullptr, g2_of_copies.matrix()};
+    const int64_t tasks = kernels::tasks_of_one_region<T>(x.view(), d.view(), grad_out.view(),
+                                                          Backwards{threads}, store_1, store_2);
+    CHECK(tasks <= threads);
+    std::vector<Values<T>> copies(tasks, Values<T>(n, n_hidden));
+    std::vector<int> calls(tasks);
+    kernels::weight_products<T>(x.view(), hidden.view(), d.view(), grad_out.view(),
+                                Backwards{threads}, store_1, store_2, [&](int64_t task) {
+                                  ++calls[task];
+                                  copies[task].data = d.data;
+                                  return copies[task].view();
+                                });
+    CHECK(calls == std::vector<int>(tasks, 1));
+    CHECK(g1_of_copies.data == g1.data && g2_of_copies.data == g2.data);
     kernels::weight_products<T>(x.view(), hidden.view(), d.view(), grad_out.view(),
                                 Backwards{threads}, kernels::Descend<T, T>{w1.matrix(), lr},
                                 kernels::Descend<T, T>{w2.matrix(), lr});
