@@ -307,6 +307,19 @@ LARGE_SHAPES = {
 }
 
 
+def on_thread_counts(compute) -> list:
+    """What ``compute`` returns with each of several thread counts, more than cores included."""
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 4, 16):
+            torch.set_num_threads(count)
+            results.append(compute())
+    finally:
+        torch.set_num_threads(threads)
+    return results
+
+
 @pytest.mark.parametrize("dtype", registry.FLOATING_DTYPES, ids=dtype_id)
 @pytest.mark.parametrize(
     ("op", "shape"),
@@ -323,14 +336,7 @@ def test_large_result_is_right_and_does_not_depend_on_the_thread_count(op, shape
     args = with_visible_step(op, inputs)
     result = check.verify(op, through(op, "extension"), args)
     assert result.ok, result.detail
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3, 4, 16):
-            torch.set_num_threads(count)
-            results.append(check.call(op, through(op, "extension"), args))
-    finally:
-        torch.set_num_threads(threads)
+    results = on_thread_counts(lambda: check.call(op, through(op, "extension"), args))
     for other in results[1:]:
         for name, value in results[0].items():
             assert value is other[name] or torch.equal(value, other[name]), name
@@ -342,15 +348,12 @@ def test_gradients_of_all_of_a_network_do_not_depend_on_the_thread_count(dtype):
         pytest.skip(reason)
     op = registry.get("two_layer")
     (args,) = (each.args for each in op.sample_inputs("cpu", dtype, True) if each.name == "panel")
-    threads = torch.get_num_threads()
-    gradients = []
-    try:
-        for count in (1, 2, 3, 16):
-            torch.set_num_threads(count)
-            out = op.function(*args, backend="extension")
-            gradients.append(torch.autograd.grad(out, args, torch.ones_like(out)))
-    finally:
-        torch.set_num_threads(threads)
+
+    def compute():
+        out = op.function(*args, backend="extension")
+        return torch.autograd.grad(out, args, torch.ones_like(out))
+
+    gradients = on_thread_counts(compute)
     for other in gradients[1:]:
         for gradient, same in zip(gradients[0], other, strict=True):
             assert torch.equal(gradient, same)
