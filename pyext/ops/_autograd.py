@@ -61,8 +61,11 @@ class GradientInForward(Formulas, Protocol):
         """The outputs, and the gradient for an upstream gradient of 1 (None: ``backward`` will)."""
 
     @staticmethod
-    def scaled(gradient: Tensor, *grads) -> tuple:
-        """One gradient (or None) per input, made of ``gradient``, which nobody else holds."""
+    def scaled(gradient: Tensor, grad: Tensor) -> tuple:
+        """One gradient (or None) per input, made of ``gradient``, which nobody else holds.
+
+        There is one output, whose upstream gradient is ``grad``.
+        """
 
 
 class _Direct:
@@ -175,6 +178,7 @@ def _make_shells(formulas: type[Formulas], direct: _Direct, computed: Callable) 
     # What torch.compile traces holds the name: it knows no way to trace a namespace held itself.
     namespace, save = direct.name, formulas.save
     with_gradient = getattr(formulas, "forward_with_gradient", None)
+    scaled = getattr(formulas, "scaled", None)
 
     def forward_with_ctx(ctx, *inputs):
         if with_gradient is None:
@@ -219,16 +223,23 @@ def _make_shells(formulas: type[Formulas], direct: _Direct, computed: Callable) 
             *grads,
         )
 
-    def backward_by_gradient(ctx, *grads):
+    def backward_by_gradient(ctx, grad):
         gradient = vars(ctx).pop("gradient", None)  # at once: two threads may not both take it
-        if gradient is None or _is_differentiated():
-            return backward(ctx, *grads)
-        # (is_grads_batched, which gradcheck uses, is no functorch transform.)
-        for grad in grads:
-            if grad is None or _is_legacy_batchedtensor(grad):
-                return backward(ctx, *grads)
+        if (
+            gradient is None
+            or grad is None
+            # `_is_differentiated`, without a call: with the other calls that are spared here, 1 of
+            # mse_loss's 40 µs at 4096 elements.
+            or is_grad_enabled()
+            or is_dynamo_compiling()
+            or _are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+            # What is_grads_batched makes, which gradcheck uses: no functorch transform.
+            or _is_legacy_batchedtensor(grad)
+        ):
+            return backward(ctx, grad)
         ctx.saved_tensors  # noqa: B018 -- raises where the graph was freed or an input was changed
-        return formulas.scaled(gradient, *grads)
+        return scaled(gradient, grad)
 
     def jvp(ctx, *tangents):
         constants = getattr(ctx, "constants", ())

@@ -16,8 +16,13 @@ from pyext.ops import _checks, _samples
 from pyext.ops._autograd import add, differentiable
 from pyext.registry import Cost, ErrorInput, Op, RawOp, SampleInput
 
+_NONE, _MEAN = _checks.REDUCTIONS["none"], _checks.REDUCTIONS["mean"]
+
 _WIDE = (torch.float32, torch.float64)
 """Not of 16 bits: autocast leaves them as they are, and unscaled gradients do not underflow."""
+
+_WITH_DATA = (Tensor, Parameter)
+"""Not what stands for tensors while a program is exported, which may never run a backward."""
 
 
 def mse_loss(
@@ -113,12 +118,12 @@ def eager(input: torch.Tensor, target: torch.Tensor, reduction: str = "mean") ->
 
 def twice(error: torch.Tensor, reduction: int) -> torch.Tensor:
     """d loss / d error for a unit gradient: ``2 error``, divided by the count for the mean."""
-    return error * (2 / max(error.numel(), 1) if reduction == _checks.REDUCTIONS["mean"] else 2)
+    return error * (2 / max(error.numel(), 1) if reduction == _MEAN else 2)
 
 
 def reduce(values: torch.Tensor, reduction: int) -> torch.Tensor:
     """``values``, or their sum where a reduction has made one number of them."""
-    return values if reduction == _checks.REDUCTIONS["none"] else values.sum()
+    return values if reduction == _NONE else values.sum()
 
 
 @differentiable
@@ -131,24 +136,23 @@ class _mse_loss:
     def forward_with_gradient(raw, needs, input, target, reduction):
         """One pass over memory instead of two, on the CPU where only ``input`` needs a gradient.
 
-        Not in 16 bits: see ``_WIDE``. Nor for what stands for tensors while a program is exported,
-        which may never run a backward.
+        Not for every dtype and type: see ``_WIDE`` and ``_WITH_DATA``.
         """
         if (
-            raw.name == "pyext"
-            and type(input) in (Tensor, Parameter)
-            and needs[0]
+            needs[0]
             and not needs[1]
-            and reduction != _checks.REDUCTIONS["none"]
-            and input.dtype in _WIDE
+            and reduction != _NONE
             and input.is_cpu
+            and input.dtype in _WIDE
+            and type(input) in _WITH_DATA
+            and raw.name == "pyext"
         ):
             return raw.mse_loss_forward_backward(input, target, reduction)
         return raw.mse_loss_forward(input, target, reduction), None
 
     @staticmethod
     def scaled(gradient, grad):
-        is_one = type(grad) is torch.Tensor and grad.item() == 1  # a fake tensor has no value
+        is_one = type(grad) is Tensor and grad.item() == 1  # a fake tensor has no value
         return gradient if is_one else gradient.mul_(grad), None, None
 
     @staticmethod
@@ -208,7 +212,7 @@ class _mse_loss_backward:
 def _fake_forward(input, target, reduction):
     """The loss without data; other shapes and devices are refused as by a kernel."""
     _fit("mse_loss_forward", input, target)
-    return input.new_empty(input.shape if reduction == _checks.REDUCTIONS["none"] else ())
+    return input.new_empty(input.shape if reduction == _NONE else ())
 
 
 def _fake_backward(grad, input, target, reduction):
@@ -237,13 +241,13 @@ def _raw_forward_samples(device, dtype) -> Iterator[tuple]:
 
 def _raw_forward_backward_samples(device, dtype) -> Iterator[tuple]:
     for args in _raw_forward_samples(device, dtype):
-        if args[2] != _checks.REDUCTIONS["none"]:
+        if args[2] != _NONE:
             yield args
 
 
 def _raw_backward_samples(device, dtype) -> Iterator[tuple]:
     for input, target, reduction in _raw_forward_samples(device, dtype):
-        shape = input.shape if reduction == _checks.REDUCTIONS["none"] else ()
+        shape = input.shape if reduction == _NONE else ()
         yield _samples.normal(shape, device, dtype, seed=2), input, target, reduction
 
 
