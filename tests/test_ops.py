@@ -19,6 +19,7 @@ from support import (
     through,
     with_visible_step,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyext import functional, registry
 from pyext.backends import BACKENDS, backends
@@ -162,6 +163,46 @@ def test_mse_loss_forward_backward_is_forward_and_backward(dtype):
             assert torch.equal(real.nan_to_num(), same.nan_to_num())
     args = next(raw_op.samples(torch.device("cpu"), dtype))
     torch.library.opcheck(raw.mse_loss_forward_backward.default, args)
+
+
+class _RawOps(TorchDispatchMode):
+    """The names of the extension's raw ops that run while it is active."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "pyext":
+            self.names.append(function._opname)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif("extension" not in backends(), reason="the extension was not built")
+@pytest.mark.parametrize(
+    ("target", "options", "one_pass"),
+    [
+        (torch.zeros(8), {}, True),
+        (torch.zeros(8, dtype=torch.int64), {"reduction": "sum"}, True),
+        (torch.zeros(8), {"reduction": "none"}, False),
+        (torch.zeros(8, requires_grad=True), {}, False),
+    ],
+    ids=["mean", "sum_integers", "none", "target_needs_grad"],
+)
+def test_mse_loss_computes_its_gradient_in_the_forward_pass(target, options, one_pass):
+    """Where it saves a pass over memory; and nowhere where no backward can follow."""
+    input = torch.ones(8, requires_grad=True)
+    with _RawOps() as ops:
+        functional.mse_loss(input, target, **options, backend="extension").sum().backward()
+    two_passes = ["mse_loss_forward", "mse_loss_backward"]
+    assert ops.names == (["mse_loss_forward_backward"] if one_pass else two_passes)
+    for call in (torch.no_grad(), torch.inference_mode()):
+        with call, _RawOps() as ops:
+            functional.mse_loss(input, target, **options, backend="extension")
+        assert ops.names == ["mse_loss_forward"]
+    with _RawOps() as ops:
+        functional.mse_loss(input.detach(), target.detach(), **options, backend="extension")
+    assert ops.names == ["mse_loss_forward"]
 
 
 @pytest.mark.skipif("extension" not in backends(), reason="the extension was not built")

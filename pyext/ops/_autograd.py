@@ -50,22 +50,21 @@ class Formulas(Protocol):
 
 
 class GradientInForward(Formulas, Protocol):
-    """Formulas that can compute the gradient along with the output, where that saves a pass.
+    """Formulas of one output whose gradient another raw op computes along with it, which saves a
+    pass over memory.
 
-    Everyday calls use it: the first backward takes the gradient that is there. A second one (after
-    ``retain_graph``) and one that is differentiated itself go by ``backward``, as if it were not.
+    Who wants that calls ``op.with_gradient[raw](*inputs)`` where nothing traces or transforms. The
+    first backward then takes the gradient that is there. A second one (after ``retain_graph``) and
+    one that is differentiated itself go by ``backward``, as if it were not.
     """
 
-    @staticmethod
-    def forward_with_gradient(raw, needs: tuple, *inputs) -> tuple[Any, Tensor | None]:
-        """The outputs, and the gradient for an upstream gradient of 1 (None: ``backward`` will)."""
+    gradient_op: str
+    """The name of that raw op: the output, and the gradient for an upstream gradient of 1."""
 
     @staticmethod
     def scaled(gradient: Tensor, grad: Tensor) -> tuple:
-        """One gradient (or None) per input, made of ``gradient``, which nobody else holds.
-
-        There is one output, whose upstream gradient is ``grad``.
-        """
+        """One gradient (or None) per input, made of ``gradient``, which nobody else holds, and the
+        upstream gradient."""
 
 
 class _Direct:
@@ -100,6 +99,8 @@ class Differentiable:
         # and without.
         self._recorded: dict[Any, Callable] = {}
         self._computed: dict[Any, Callable] = {}
+        self.with_gradient: dict[Any, Callable] = {}
+        """By namespace, where it has the ``gradient_op``: see ``GradientInForward``."""
         self._all.append(self)
 
     def __call__(self, raw, *inputs):
@@ -135,8 +136,10 @@ class Differentiable:
         direct = _direct[raw.name] = _Direct(raw, names)
         for each in cls._all:
             computed = _without_autograd(each._formulas, direct)
-            each._shells[raw.name] = _make_shells(each._formulas, direct, computed)
-            each._recorded[raw] = each._shells[raw.name].plain.apply
+            shells = each._shells[raw.name] = _make_shells(each._formulas, direct, computed)
+            each._recorded[raw] = shells.plain.apply
+            if shells.with_gradient is not None:
+                each.with_gradient[raw] = shells.with_gradient.apply
             each._computed[raw] = each._computed[direct] = computed
 
 
@@ -177,14 +180,11 @@ def differentiable(formulas: type[Formulas]) -> Differentiable:
 def _make_shells(formulas: type[Formulas], direct: _Direct, computed: Callable) -> SimpleNamespace:
     # What torch.compile traces holds the name: it knows no way to trace a namespace held itself.
     namespace, save = direct.name, formulas.save
-    with_gradient = getattr(formulas, "forward_with_gradient", None)
+    gradient_op = getattr(direct, getattr(formulas, "gradient_op", ""), None)
     scaled = getattr(formulas, "scaled", None)
 
     def forward_with_ctx(ctx, *inputs):
-        if with_gradient is None:
-            outputs = computed(*inputs)
-        else:
-            outputs, ctx.gradient = with_gradient(direct, ctx.needs_input_grad, *inputs)
+        outputs = computed(*inputs)
         # As ``keep``: a call of it, and its calls, are 0.8 of 202 µs of two_layer at
         # 64 x 1000 x 100 x 10, as cold as a kernel leaves the caches.
         tensors, constants = save(inputs, outputs if isinstance(outputs, tuple) else (outputs,))
@@ -193,6 +193,12 @@ def _make_shells(formulas: type[Formulas], direct: _Direct, computed: Callable) 
         if constants:
             ctx.constants = constants
         return outputs
+
+    def forward_with_gradient(ctx, *inputs):
+        output, ctx.gradient = gradient_op(*inputs)
+        ctx.to_save, ctx.constants = save(inputs, (output,))
+        ctx.materialize_grads = False
+        return output
 
     def keep(ctx, inputs, outputs) -> tuple:
         tensors, constants = save(inputs, outputs if isinstance(outputs, tuple) else (outputs,))
@@ -257,20 +263,24 @@ def _make_shells(formulas: type[Formulas], direct: _Direct, computed: Callable) 
         jvp=jvp,
     )
     functional.generate_vmap_rule = True
-    plain = shell(
-        "",
-        forward=forward_with_ctx,
-        backward=backward if with_gradient is None else backward_by_gradient,
-    )
-    if hasattr(plain, "_backward_cls"):
-        # What autograd's engine calls. The class's own looks up at each call whether to call
-        # ``backward`` or ``vjp``: 3 of 202 µs of two_layer at 64 x 1000 x 100 x 10, as cold as a
-        # kernel leaves the caches.
-        plain._backward_cls.apply = plain.backward
-        # What a ctx that has none of its own finds, so that no AttributeError is made and dropped.
-        plain._backward_cls.constants = ()
+    plain = shell("", forward=forward_with_ctx, backward=backward)
+    with_gradient = None
+    if gradient_op is not None:
+        with_gradient = shell(
+            "WithGradient", forward=forward_with_gradient, backward=backward_by_gradient
+        )
+    for each in filter(None, (plain, with_gradient)):
+        if hasattr(each, "_backward_cls"):
+            # What autograd's engine calls. The class's own looks up at each call whether to call
+            # ``backward`` or ``vjp``: 3 of 202 µs of two_layer at 64 x 1000 x 100 x 10, as cold as
+            # a kernel leaves the caches.
+            each._backward_cls.apply = each.backward
+            # What a ctx that has none of its own finds, so that no AttributeError is made and
+            # dropped.
+            each._backward_cls.constants = ()
     return SimpleNamespace(
         plain=plain,
+        with_gradient=with_gradient,
         functional=functional,
         compiled=shell("Compiled", forward=forward, setup_context=setup_context, backward=backward),
     )
