@@ -165,6 +165,22 @@ def test_mse_loss_forward_backward_is_forward_and_backward(dtype):
     torch.library.opcheck(raw.mse_loss_forward_backward.default, args)
 
 
+@pytest.mark.skipif("extension" not in backends(), reason="the extension was not built")
+@pytest.mark.parametrize("dtype", registry.FLOATING_DTYPES, ids=dtype_id)
+def test_two_layer_backward_of_the_weights_alone_is_that_of_all(dtype):
+    """What nothing else reads of the gradient of hidden lies as the next product packs it."""
+    backward = BACKENDS["extension"].raw.two_layer_backward
+    (raw_op,) = (each for each in registry.get("two_layer").raw_ops if "backward" in each.name)
+    for args in raw_op.samples(torch.device("cpu"), dtype):
+        *operands, _, _, _, _, _ = args
+        _, *all_weights, _, _ = backward(*operands, *[True] * 5)
+        for needs in ((True, True), (True, False), (False, True)):
+            _, *weights, _, _ = backward(*operands, False, *needs, False, False)
+            for needed, each, expected in zip(needs, weights, all_weights, strict=True):
+                if needed:
+                    torch.testing.assert_close(each, expected, rtol=0, atol=0, equal_nan=True)
+
+
 class _RawOps(TorchDispatchMode):
     """The names of the extension's raw ops that run while it is active."""
 

@@ -74,26 +74,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> two_layer_backward(
                       parallel, store(grad_w1), store(grad_w2))
                 : 0;
         const bool own_d = tasks > 1;
-        const Buffer<Acc> workspace(n * n_hidden * (own_d ? tasks : 1));
+        const int64_t width =
+            need_w1 && !need_x && !need_b1
+                ? kernels::panel_width_of_d<Acc>(view<T>(x), n_hidden, store(grad_w1))
+                : 0;
+        Panels<Acc> d{nullptr, n, n_hidden, width};
+        const Buffer<Acc> workspace(d.size() * (own_d ? tasks : 1));
+        d.data = workspace.get();
         const auto d_of = [&](int64_t task, const Parallel& parallel) {
-          const auto d = dense_view(workspace.get() + task * n * n_hidden, n, n_hidden);
+          const Panels<Acc> d_of_task{d.data + task * d.size(), n, n_hidden, width};
           kernels::product<Acc>(view<T>(grad_out), view<T>(w2).transposed(), parallel,
                                 kernels::StoreWhereActive<Acc, T>{
                                     extra ? extra->const_data_ptr<T>() : nullptr,
-                                    view<T>(dense_hidden), d});
-          return as_const(d);
+                                    view<T>(dense_hidden), d_of_task});
+          return as_const(d_of_task.by_rows());
         };
-        const auto d = as_const(dense_view(workspace.get(), n, n_hidden));
         if (!own_d) d_of(0, parallel);
+        const auto by_rows = as_const(d.by_rows());
         if (need_w1 && need_w2)
           kernels::weight_products<Acc>(
-              view<T>(x), view<T>(hidden), d, view<T>(grad_out), parallel, store(grad_w1),
-              store(grad_w2), [&](int64_t task) { return own_d ? d_of(task, Parallel{1}) : d; });
+              view<T>(x), view<T>(hidden), as_const(d), view<T>(grad_out), parallel,
+              store(grad_w1), store(grad_w2),
+              [&](int64_t task) { return own_d ? d_of(task, Parallel{1}) : by_rows; });
         else if (need_w1)
-          kernels::weight_product<Acc>(view<T>(x), d, parallel, store(grad_w1));
+          kernels::weight_product<Acc>(view<T>(x), as_const(d), parallel, store(grad_w1));
         if (need_x)
-          kernels::product<Acc>(d, view<T>(w1).transposed(), parallel, store(grad_x));
-        if (need_b1) kernels::column_sums<Acc>(d, grad_b1.mutable_data_ptr<T>(), parallel);
+          kernels::product<Acc>(by_rows, view<T>(w1).transposed(), parallel, store(grad_x));
+        if (need_b1) kernels::column_sums<Acc>(by_rows, grad_b1.mutable_data_ptr<T>(), parallel);
       }
       if (need_w2 && !need_w1)
         kernels::weight_product<Acc>(view<T>(hidden), view<T>(grad_out), Parallel{},

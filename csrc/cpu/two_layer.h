@@ -159,21 +159,23 @@ struct StoreReluWithBias {
   }
 };
 
-// d = (sums + grad_hidden) where hidden > 0, else 0; kept in the accumulation type
+// d = (sums + grad_hidden) where hidden > 0, else 0; kept in the accumulation type. The panels of d
+// are those of the product whose epilogue this is, which has as many columns.
 template <class Acc, class T>
 struct StoreWhereActive {
   const T* grad_hidden;
   Matrix<const T> hidden;
-  Matrix<Acc> d;
+  Panels<Acc> d;
 
   void operator()(int64_t i, int64_t j, int64_t count, const Acc* sums) const {
     const T* activation = &hidden(i, j);
     const T* extra = grad_hidden ? grad_hidden + (&hidden(i, j) - hidden.data) : nullptr;
-    Acc* row = &d(i, j);
+    Acc* row = d.at(i, j);
     for (int64_t c = 0; c < count; ++c) {
       const Acc value = extra ? sums[c] + Acc(extra[c]) : sums[c];
       row[c] = Acc(activation[c]) <= 0 ? Acc(0) : value;
     }
+    for (int64_t c = count; c < d.width; ++c) row[c] = 0;
   }
 };
 
@@ -245,6 +247,25 @@ void weight_product(const Matrix<const TA>& a, const Matrix<const TB>& b, const 
     product<Acc>(a.transposed(), b, parallel, epilogue);
 }
 
+// The same where b may lie in panels.
+template <class Acc, class TA, class Parallel, class Epilogue>
+void weight_product(const Matrix<const TA>& a, const Panels<const Acc>& b, const Parallel& parallel,
+                    const Epilogue& epilogue) {
+  if (b.width)
+    product<Acc>(a.transposed(), b, parallel, epilogue);
+  else
+    weight_product<Acc>(a, b.by_rows(), parallel, epilogue);
+}
+
+// The width of the panels for a d that is needed for epilogue(xᵀ @ d) alone; 0: by rows. d is as large
+// as what packing it would read and write once more: 2 MB at 1024 x 784 x 512 x 10.
+template <class Acc, class T, class Epilogue>
+int64_t panel_width_of_d(const Matrix<const T>& x, int64_t n_hidden, const Epilogue& epilogue) {
+  return !epilogue.is_by_columns() && can_take_panels<Acc>(x.transposed(), n_hidden)
+             ? panel_width<Acc>(n_hidden)
+             : 0;
+}
+
 // The tasks of weight_products where it is one parallel region, in which they wait for nobody, at
 // most one for each thread; else 0. Of d and grad_out only the shapes and strides count.
 template <class Acc, class T, class TGrad, class Parallel, class Epilogue1, class Epilogue2>
@@ -266,12 +287,12 @@ int64_t tasks_of_one_region(const Matrix<const T>& x, const Matrix<const Acc>& d
 template <class Acc, class T, class TGrad, class Parallel, class Epilogue1, class Epilogue2,
           class DOf>
 void weight_products(const Matrix<const T>& x, const Matrix<const T>& hidden,
-                     const Matrix<const Acc>& d, const Matrix<const TGrad>& grad_out,
+                     const Panels<const Acc>& d, const Matrix<const TGrad>& grad_out,
                      const Parallel& parallel, const Epilogue1& epilogue1,
                      const Epilogue2& epilogue2, const DOf& d_of) {
   const auto x_t = x.transposed(), hidden_t = hidden.transposed();
   const int64_t tasks =
-      tasks_of_one_region<Acc>(x, d, grad_out, parallel, epilogue1, epilogue2);
+      tasks_of_one_region<Acc>(x, d.by_rows(), grad_out, parallel, epilogue1, epilogue2);
   if (tasks == 0) {
     weight_product<Acc>(x, d, parallel, epilogue1);
     weight_product<Acc>(hidden, grad_out, parallel, epilogue2);
@@ -291,11 +312,11 @@ void weight_products(const Matrix<const T>& x, const Matrix<const T>& hidden,
 // The same of a d that is there already.
 template <class Acc, class T, class TGrad, class Parallel, class Epilogue1, class Epilogue2>
 void weight_products(const Matrix<const T>& x, const Matrix<const T>& hidden,
-                     const Matrix<const Acc>& d, const Matrix<const TGrad>& grad_out,
+                     const Panels<const Acc>& d, const Matrix<const TGrad>& grad_out,
                      const Parallel& parallel, const Epilogue1& epilogue1,
                      const Epilogue2& epilogue2) {
   weight_products<Acc>(x, hidden, d, grad_out, parallel, epilogue1, epilogue2,
-                       [&](int64_t) { return d; });
+                       [&](int64_t) { return d.by_rows(); });
 }
 
 // out[j] = Σ_i values(i, j), each column's sum in the order of its rows

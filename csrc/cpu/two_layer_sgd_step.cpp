@@ -16,12 +16,15 @@ T sgd_step(const Matrix<const T>& x, const Matrix<const T>& y, const Matrix<T>& 
   const int64_t n = x.rows, n_hidden = w1.columns, n_out = w2.columns;
   const auto old_w1 = as_const(w1), old_w2 = as_const(w2);
   const Buffer<T> hidden_data(n * n_hidden);
-  const Buffer<Acc> grad_out_data(n * n_out), d_data(n * n_hidden);
+  const Buffer<Acc> grad_out_data(n * n_out);
   const auto hidden = dense_view(hidden_data.get(), n, n_hidden);
   const auto grad_out = dense_view(grad_out_data.get(), n, n_out);
-  const auto d = dense_view(d_data.get(), n, n_hidden);
   double sum = 0;
   PYEXT_ON_BEST_ISA({
+    const kernels::Descend<Acc, T> descend1{w1, Acc(lr)}, descend2{w2, Acc(lr)};
+    Panels<Acc> d{nullptr, n, n_hidden, kernels::panel_width_of_d<Acc>(x, n_hidden, descend1)};
+    const Buffer<Acc> d_data(d.size());
+    d.data = d_data.get();
     // grad_out = 2 (prediction - y)
     const int64_t partials = divide_up(n_out, kernels::Vector<Acc>::lanes);
     std::vector<double> partial_sums(n * partials);
@@ -39,8 +42,7 @@ T sgd_step(const Matrix<const T>& x, const Matrix<const T>& y, const Matrix<T>& 
                                     kernels::StoreReluWithBias<Acc, T>{nullptr, hidden}, rest);
     // From here on the weights change: all that read them is done.
     kernels::weight_products<Acc>(x, as_const(hidden), as_const(d), as_const(grad_out), Parallel{},
-                                  kernels::Descend<Acc, T>{w1, Acc(lr)},
-                                  kernels::Descend<Acc, T>{w2, Acc(lr)});
+                                  descend1, descend2);
     for (const double each : partial_sums) sum += each;
   });
   return T(Acc(sum));

@@ -1,5 +1,6 @@
 // The tiled matrix product without PyTorch: sizes around its tiles, strided operands, the epilogue.
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -13,6 +14,7 @@
 namespace {
 
 using pyext::Matrix;
+using pyext::Panels;
 
 // Runs the product's tasks one after another, as if there were `threads` of them.
 struct Serial {
@@ -51,6 +53,25 @@ void check_product(int64_t m, int64_t n, int64_t depth, bool transpose_a, bool t
           ++visits[i * n + j + k];
         }
       }));
+  // The same where B lies in panels.
+  std::vector<T> of_panels(out);
+  PYEXT_ON_BEST_ISA({
+    if (kernels::can_take_panels<T>(a.matrix, n)) {
+      Panels<T> panels{nullptr, depth, n, kernels::panel_width<T>(n)};
+      const pyext::Buffer<T> buffer(panels.size());
+      panels.data = buffer.get();
+      std::fill_n(panels.data, panels.size(), T(0));
+      for (int64_t k = 0; k < depth; ++k)
+        for (int64_t j = 0; j < n; ++j)
+          panels.at(k, j / panels.width * panels.width)[j % panels.width] = b.matrix(k, j);
+      std::fill(of_panels.begin(), of_panels.end(), T(-1));
+      kernels::product<T>(a.matrix, Panels<const T>{panels.data, depth, n, panels.width},
+                          Serial{threads}, [&](int64_t i, int64_t j, int64_t count, const T* sums) {
+                            std::copy_n(sums, count, &of_panels[i * n + j]);
+                          });
+    }
+  });
+  CHECK(of_panels == out);
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < n; ++j) {
       T expected = 0;
@@ -72,6 +93,7 @@ void check_sizes() {
   check_product<T>(131, 67, 1500, true, false, 4);
   check_product<T>(3, 70, 2050, false, false, 2);
   check_product<T>(29, 10, 1500, false, true, 2);
+  check_product<T>(15, 2100, 1030, true, false, 2);  // beyond a block of columns, too
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "check.h"
@@ -14,6 +15,7 @@
 namespace {
 
 using pyext::Matrix;
+using pyext::Panels;
 
 // Runs the tasks one after another in as many shares as there are threads, the last share first: none
 // may need what another one does.
@@ -62,7 +64,14 @@ void check_step(int64_t n, int64_t n_in, int64_t n_hidden, int64_t n_out, int64_
     std::vector<double> partial_sums(n * partials);
     const kernels::StoreError<T, T, T> store_error{
         nullptr, y.view(), grad_out.matrix(), 2, nullptr, partial_sums.data(), partials};
-    const kernels::StoreWhereActive<T, T> store_d{nullptr, hidden.view(), d.matrix()};
+    Panels<T> panels{nullptr, n, n_hidden,
+                     kernels::panel_width_of_d<T>(
+                         x.view(), n_hidden, kernels::StoreWithBias<T, T>{nullptr, g1.matrix()})};
+    const pyext::Buffer<T> panels_data(panels.size());
+    panels.data = panels_data.get();
+    std::fill_n(panels.data, panels.size(), std::numeric_limits<T>::quiet_NaN());
+    const Panels<const T> const_panels{panels.data, n, n_hidden, panels.width};
+    const kernels::StoreWhereActive<T, T> store_d{nullptr, hidden.view(), panels};
     const auto rest = [&](const auto& rows) {
       kernels::product_of_rows<T>(rows, hidden.view(), w2.view(), store_error);
       kernels::product_of_rows<T>(rows, grad_out.view(), w2.view().transposed(), store_d);
@@ -72,7 +81,16 @@ void check_step(int64_t n, int64_t n_in, int64_t n_hidden, int64_t n_out, int64_
     else
       kernels::forward_by_rows<T>(x.view(), w1.view(), w2.view(), Backwards{threads},
                                   kernels::StoreReluWithBias<T, T>{nullptr, hidden.matrix()}, rest);
-    kernels::weight_products<T>(x.view(), hidden.view(), d.view(), grad_out.view(),
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < n_hidden; ++j) {
+        const int64_t first = panels.width ? j / panels.width * panels.width : 0;
+        d(i, j) = panels.at(i, first)[j - first];
+      }
+    if (panels.width)
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t c = n_hidden % panels.width; c && c < panels.width; ++c)
+          CHECK(panels.at(i, n_hidden / panels.width * panels.width)[c] == 0);
+    kernels::weight_products<T>(x.view(), hidden.view(), const_panels, grad_out.view(),
                                 Backwards{threads}, kernels::StoreWithBias<T, T>{nullptr, g1.matrix()},
                                 kernels::StoreWithBias<T, T>{nullptr, g2.matrix()});
     const kernels::StoreWithBias<T, T> store_1{nullptr, g1_of_copies.matrix()};
@@ -82,7 +100,7 @@ void check_step(int64_t n, int64_t n_in, int64_t n_hidden, int64_t n_out, int64_
     CHECK(tasks <= threads);
     std::vector<Values<T>> copies(tasks, Values<T>(n, n_hidden));
     std::vector<int> calls(tasks);
-    kernels::weight_products<T>(x.view(), hidden.view(), d.view(), grad_out.view(),
+    kernels::weight_products<T>(x.view(), hidden.view(), const_panels, grad_out.view(),
                                 Backwards{threads}, store_1, store_2, [&](int64_t task) {
                                   ++calls[task];
                                   copies[task].data = d.data;
@@ -90,7 +108,7 @@ void check_step(int64_t n, int64_t n_in, int64_t n_hidden, int64_t n_out, int64_
                                 });
     CHECK(calls == std::vector<int>(tasks, 1));
     CHECK(g1_of_copies.data == g1.data && g2_of_copies.data == g2.data);
-    kernels::weight_products<T>(x.view(), hidden.view(), d.view(), grad_out.view(),
+    kernels::weight_products<T>(x.view(), hidden.view(), const_panels, grad_out.view(),
                                 Backwards{threads}, kernels::Descend<T, T>{w1.matrix(), lr},
                                 kernels::Descend<T, T>{w2.matrix(), lr});
   });

@@ -54,4 +54,22 @@ class FunctionRef<void(Args...)> {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// An intermediate that will be the B of a product: by rows, or as the product would pack it, which
+// spares that: panels of `width` columns, [panel][row][width], what the last one lacks being zeros.
+template <class T>
+struct Panels {
+  T* data;
+  int64_t rows, columns;
+  int64_t width;  // 0: by rows
+
+  int64_t size() const {
+    return rows * (width ? divide_up(columns, width) * width : columns);
+  }
+  // Row i from column j on; in panels j is the first column of one.
+  T* at(int64_t i, int64_t j) const {
+    return width ? data + j * rows + i * width : data + i * columns + j;
+  }
+  Matrix<T> by_rows() const { return {data, rows, columns, columns, 1}; }
+};
+
 }  // namespace pyext

@@ -187,6 +187,8 @@ struct Operands {
   FunctionRef<void(int64_t, int64_t, int64_t, int64_t, Acc*)> pack_a;
   // (first column, first k, depth, packed): one panel, [depth][panel columns]
   FunctionRef<void(int64_t, int64_t, int64_t, Acc*)> pack_b;
+  // B where it is packed already, over the whole depth, else null.
+  const Acc* packed_b;
   // (first row, rows, first column, columns, sums, stride of the rows of sums)
   FunctionRef<void(int64_t, int64_t, int64_t, int64_t, const Acc*, int64_t)> finish;
 };
@@ -226,7 +228,7 @@ void tiled_product(const Operands<Acc>& of, const Parallel& parallel) {
       divide_up(std::max<int64_t>(divide_up(depth, depth_blocks), 1), kSumBlock) * kSumBlock;
   const bool one_depth_block = depth <= depth_block;
 
-  Buffer<Acc> packed_b(std::min(depth_block, depth) * column_block);
+  Buffer<Acc> packed_b(of.packed_b ? 0 : std::min(depth_block, depth) * column_block);
   // Sums of earlier depth blocks wait here; a single block goes from registers to the epilogue.
   Buffer<Acc> sums(one_depth_block ? 0 : m * column_block);
 
@@ -236,11 +238,12 @@ void tiled_product(const Operands<Acc>& of, const Parallel& parallel) {
     for (int64_t k_begin = 0; k_begin == 0 || k_begin < depth; k_begin += depth_block) {
       const int64_t block_depth = std::min(depth_block, depth - k_begin);
       const bool first = k_begin == 0, last = k_begin + block_depth >= depth;
-      parallel(panels, threads, [&](int64_t begin, int64_t end) {
-        for (int64_t panel = begin; panel < end; ++panel)
-          of.pack_b(j_begin + panel * kPanel, k_begin, block_depth,
-                    packed_b.get() + panel * kPanel * block_depth);
-      });
+      if (!of.packed_b)
+        parallel(panels, threads, [&](int64_t begin, int64_t end) {
+          for (int64_t panel = begin; panel < end; ++panel)
+            of.pack_b(j_begin + panel * kPanel, k_begin, block_depth,
+                      packed_b.get() + panel * kPanel * block_depth);
+        });
       // Rows slab_begin … slab_end by panels panel_begin … panel_end of C.
       const auto multiply = [&](int64_t slab_begin, int64_t slab_end, int64_t panel_begin,
                                 int64_t panel_end, Acc* packed_a, Acc* c) {
@@ -251,7 +254,8 @@ void tiled_product(const Operands<Acc>& of, const Parallel& parallel) {
           of.pack_a(i_packed, i_end - i_packed, k_begin, block_depth, packed_a);
         for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
           const int64_t j = j_begin + panel * kPanel;
-          const Acc* b_panel = packed_b.get() + panel * kPanel * block_depth;
+          const Acc* b_panel = of.packed_b ? of.packed_b + j * depth + k_begin * kPanel
+                                           : packed_b.get() + panel * kPanel * block_depth;
           for (int64_t slab = slab_begin; slab < slab_end; ++slab) {
             const int64_t i = slab * kRows, rows = std::min<int64_t>(kRows, m - i);
             // The tile's place among the sums; a last slab may lack rows, so it goes by copy.
@@ -474,6 +478,58 @@ bool needs_no_packing(const Matrix<const TA>& a, const Matrix<const TB>& b) {
   return false;
 }
 
+// run(Tile<rows, vectors>{}) with the tile of the tiled product for so many columns of B. It fills the
+// registers less one row of B and a broadcast of A; of two shapes the one that pads the columns less
+// is taken (hidden 100 is 6.25 vectors of 16: 7 with the wide tile, 8 else).
+template <class Acc, class F>
+auto with_tile(int64_t columns, const F& run) {
+  constexpr int64_t lanes = Vector<Acc>::lanes;
+#if PYEXT_VECTOR_REGISTERS == 32
+  const int64_t narrow = divide_up(columns, 2 * lanes) * 2;
+  const int64_t wide = divide_up(columns, 7 * lanes) * 7;
+  if (columns <= lanes) return run(Tile<14, 1>{});
+  if (wide < narrow) return run(Tile<4, 7>{});
+  return run(Tile<14, 2>{});
+#else
+  if (columns <= lanes) return run(Tile<8, 1>{});
+  return run(Tile<6, 2>{});
+#endif
+}
+
+// The width of the panels that the tiled product takes a B of so many columns in.
+template <class Acc>
+int64_t panel_width(int64_t columns) {
+  return with_tile<Acc>(columns, []<int kRows, int kVectors>(Tile<kRows, kVectors>) {
+    return kVectors * Vector<Acc>::lanes;
+  });
+}
+
+// The tiled product of A and a B of so many columns: `packed_b`, or what `pack_b` packs,
+// (first column, panel columns, first k, depth, packed).
+template <class Acc, class TA, class Parallel, class Epilogue, class PackB>
+void tiled_product(const Matrix<const TA>& a, int64_t columns, const Acc* packed_b,
+                   const PackB& pack_b, const Parallel& parallel, const Epilogue& epilogue) {
+  const auto finish = [&](int64_t i, int64_t rows, int64_t j, int64_t count, const Acc* sums,
+                          int64_t stride) {
+    for (int64_t r = 0; r < rows; ++r) epilogue(i + r, j, count, sums + r * stride);
+  };
+  with_tile<Acc>(columns, [&]<int kRows, int kVectors>(Tile<kRows, kVectors>) {
+    const auto pack_rows = [&](int64_t i, int64_t rows, int64_t k, int64_t depth, Acc* packed) {
+      pack_a<kRows>(a, i, rows, k, depth, packed);
+    };
+    const auto pack_panel = [&](int64_t j, int64_t k, int64_t depth, Acc* packed) {
+      pack_b(j, kVectors * Vector<Acc>::lanes, k, depth, packed);
+    };
+    const Acc* in_place = nullptr;
+    if constexpr (std::is_same_v<TA, Acc>)
+      if (is_read_in_place(a)) in_place = a.data;
+    tiled_product<Acc, kRows, kVectors>(
+        Operands<Acc>{a.rows, columns, a.columns, in_place, a.row_stride, pack_rows, pack_panel,
+                      packed_b, finish},
+        parallel);
+  });
+}
+
 // epilogue(i, j, count, sums): row i, columns j … j + count of A @ B, in the accumulation type. It
 // is called once for every element, from several threads, each call's elements on one of them.
 template <class Acc, class TA, class TB, class Parallel, class Epilogue>
@@ -497,39 +553,26 @@ void product(const Matrix<const TA>& a, const Matrix<const TB>& b, Parallel para
     if (b.columns <= lanes && a.rows >= kNarrowRows)
       return a.row_stride == 1 ? narrow_product<Acc, true>(a, b, parallel, epilogue)
                                : narrow_product<Acc, false>(a, b, parallel, epilogue);
-  const auto finish = [&](int64_t i, int64_t rows, int64_t j, int64_t columns, const Acc* sums,
-                          int64_t stride) {
-    for (int64_t r = 0; r < rows; ++r) epilogue(i + r, j, columns, sums + r * stride);
-  };
-  const auto run = [&]<int kRows, int kVectors>(Tile<kRows, kVectors>) {
-    const auto pack_rows = [&](int64_t i, int64_t rows, int64_t k, int64_t depth, Acc* packed) {
-      pack_a<kRows>(a, i, rows, k, depth, packed);
-    };
-    const auto pack_panel = [&](int64_t j, int64_t k, int64_t depth, Acc* packed) {
-      pack_b(b, k, depth, j, kVectors * lanes, packed);
-    };
-    const Acc* in_place = nullptr;
-    if constexpr (std::is_same_v<TA, Acc>)
-      if (is_read_in_place(a)) in_place = a.data;
-    tiled_product<Acc, kRows, kVectors>(Operands<Acc>{a.rows, b.columns, a.columns, in_place,
-                                                      a.row_stride, pack_rows, pack_panel, finish},
-                                        parallel);
-  };
-  // The tile fills the registers less one row of B and a broadcast of A; of two shapes the one that
-  // pads the columns less is taken (hidden 100 is 6.25 vectors of 16: 7 with the wide tile, 8 else).
-#if PYEXT_VECTOR_REGISTERS == 32
-  const int64_t narrow = divide_up(b.columns, 2 * lanes) * 2;
-  const int64_t wide = divide_up(b.columns, 7 * lanes) * 7;
-  if (b.columns <= lanes)
-    run(Tile<14, 1>{});
-  else if (wide < narrow)
-    run(Tile<4, 7>{});
-  else
-    run(Tile<14, 2>{});
-#else
-  if (b.columns <= lanes)
-    run(Tile<8, 1>{});
-  else
-    run(Tile<6, 2>{});
-#endif
+  tiled_product<Acc>(
+      a, b.columns, nullptr,
+      [&](int64_t j, int64_t width, int64_t k, int64_t depth, Acc* packed) {
+        pack_b(b, k, depth, j, width, packed);
+      },
+      parallel, epilogue);
+}
+
+// Whether the product of A and so large a B is a tiled one, which can take B in panels.
+template <class Acc, class TA>
+bool can_take_panels(const Matrix<const TA>& a, int64_t columns) {
+  return columns > Vector<Acc>::lanes &&
+         !needs_no_packing<Acc>(a, Matrix<const Acc>{nullptr, a.columns, columns, columns, 1});
+}
+
+// The same product, of the same sums, where B lies in panels of panel_width(columns).
+template <class Acc, class TA, class Parallel, class Epilogue>
+void product(const Matrix<const TA>& a, const Panels<const Acc>& b, const Parallel& parallel,
+             const Epilogue& epilogue) {
+  if (a.rows == 0 || b.columns == 0) return;
+  tiled_product<Acc>(
+      a, b.columns, b.data, [](int64_t, int64_t, int64_t, int64_t, Acc*) {}, parallel, epilogue);
 }

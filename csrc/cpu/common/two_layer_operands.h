@@ -28,6 +28,11 @@ Matrix<const T> as_const(const Matrix<T>& m) {
   return {m.data, m.rows, m.columns, m.row_stride, m.column_stride};
 }
 
+template <class T>
+Panels<const T> as_const(const Panels<T>& p) {
+  return {p.data, p.rows, p.columns, p.width};
+}
+
 // A vector without gaps and its pointer; null for an absent one.
 struct __attribute__((visibility("hidden"))) Bias {
   std::optional<Tensor> dense;
