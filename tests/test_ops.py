@@ -196,18 +196,18 @@ class _RawOps(TorchDispatchMode):
 
 @pytest.mark.skipif("extension" not in backends(), reason="the extension was not built")
 @pytest.mark.parametrize(
-    ("target", "options", "one_pass"),
+    ("of_target", "options", "one_pass"),
     [
-        (torch.zeros(8), {}, True),
-        (torch.zeros(8, dtype=torch.int64), {"reduction": "sum"}, True),
-        (torch.zeros(8), {"reduction": "none"}, False),
-        (torch.zeros(8, requires_grad=True), {}, False),
+        ({}, {}, True),
+        ({"dtype": torch.int64}, {"reduction": "sum"}, True),
+        ({}, {"reduction": "none"}, False),
+        ({"requires_grad": True}, {}, False),
     ],
     ids=["mean", "sum_integers", "none", "target_needs_grad"],
 )
-def test_mse_loss_computes_its_gradient_in_the_forward_pass(target, options, one_pass):
+def test_mse_loss_computes_its_gradient_in_the_forward_pass(of_target, options, one_pass):
     """Where it saves a pass over memory; and nowhere where no backward can follow."""
-    input = torch.ones(8, requires_grad=True)
+    input, target = torch.ones(8, requires_grad=True), torch.zeros(8, **of_target)
     with _RawOps() as ops:
         functional.mse_loss(input, target, **options, backend="extension").sum().backward()
     two_passes = ["mse_loss_forward", "mse_loss_backward"]

@@ -159,8 +159,9 @@ struct StoreReluWithBias {
   }
 };
 
-// d = (sums + grad_hidden) where hidden > 0, else 0; kept in the accumulation type. The panels of d
-// are those of the product whose epilogue this is, which has as many columns.
+// d = (sums + grad_hidden) where hidden > 0, else 0; kept in the accumulation type. If d lies in panels
+// a call begins at a panel's first column and ends with the panel or the last column: the product
+// whose epilogue this is has as many columns, so its panels are the same.
 template <class Acc, class T>
 struct StoreWhereActive {
   const T* grad_hidden;
@@ -257,8 +258,8 @@ void weight_product(const Matrix<const TA>& a, const Panels<const Acc>& b, const
     weight_product<Acc>(a, b.by_rows(), parallel, epilogue);
 }
 
-// The width of the panels for a d that is needed for epilogue(xᵀ @ d) alone; 0: by rows. d is as large
-// as what packing it would read and write once more: 2 MB at 1024 x 784 x 512 x 10.
+// The width of the panels for a d that is needed for epilogue(xᵀ @ d) alone; 0: by rows. Packing would
+// read and write all of d once more: 2 MB at 1024 x 784 x 512 x 10.
 template <class Acc, class T, class Epilogue>
 int64_t panel_width_of_d(const Matrix<const T>& x, int64_t n_hidden, const Epilogue& epilogue) {
   return !epilogue.is_by_columns() && can_take_panels<Acc>(x.transposed(), n_hidden)

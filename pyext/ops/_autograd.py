@@ -2,7 +2,8 @@
 
 One shell does not fit all callers: ``torch.func`` needs ``setup_context``, whose signature binding
 costs 28 of 65 µs of a small ReLU forward and backward; ``torch.compile(fullgraph=True)`` refuses a
-custom ``jvp``. So each set of formulas gets three, over the same raw ops, and a call picks one.
+custom ``jvp``. So each set of formulas gets three, over the same raw ops, and a call picks one. One
+that has a ``gradient_op`` gets a fourth, which its caller picks.
 """
 
 from __future__ import annotations
@@ -53,9 +54,10 @@ class GradientInForward(Formulas, Protocol):
     """Formulas of one output whose gradient another raw op computes along with it, which saves a
     pass over memory.
 
-    Who wants that calls ``op.with_gradient[raw](*inputs)`` where nothing traces or transforms. The
-    first backward then takes the gradient that is there. A second one (after ``retain_graph``) and
-    one that is differentiated itself go by ``backward``, as if it were not.
+    A caller that wants it calls ``op.with_gradient[raw](*inputs)``, but only where grad mode is on,
+    nothing traces or transforms, and no input needs a gradient but those that ``scaled`` returns
+    one for: nothing here checks that. The first backward then takes the gradient that is there. A
+    second one (after ``retain_graph``) and one that is differentiated itself go by ``backward``.
     """
 
     gradient_op: str
@@ -266,9 +268,7 @@ def _make_shells(formulas: type[Formulas], direct: _Direct, computed: Callable) 
     plain = shell("", forward=forward_with_ctx, backward=backward)
     with_gradient = None
     if gradient_op is not None:
-        with_gradient = shell(
-            "WithGradient", forward=forward_with_gradient, backward=backward_by_gradient
-        )
+        with_gradient = shell("", forward=forward_with_gradient, backward=backward_by_gradient)
     for each in filter(None, (plain, with_gradient)):
         if hasattr(each, "_backward_cls"):
             # What autograd's engine calls. The class's own looks up at each call whether to call

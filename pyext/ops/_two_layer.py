@@ -270,7 +270,7 @@ LARGE_SAMPLE_SHAPES = {
     # as far apart as pages, which it packs.
     "deep": (15, 1100, 20, 3),
     "page": (15, 1024, 20, 3),
-    # Two blocks of the depth for the gradient of w1, of a d in two panels where vectors are short.
+    # Two blocks of the depth for the gradient of w1, of a d in two panels or more.
     "batch": (1100, 3, 40, 2),
 }
 # (N, I, H, O): usual, odd around tiles and vectors, one element, and each extent empty.

@@ -94,6 +94,9 @@ void check_sizes() {
   check_product<T>(3, 70, 2050, false, false, 2);
   check_product<T>(29, 10, 1500, false, true, 2);
   check_product<T>(15, 2100, 1030, true, false, 2);  // beyond a block of columns, too
+  // Seven vectors of a B that is too large to be read where it lies, of 32 and of 64 bits.
+  check_product<T>(15, 100, 1400, true, false, 2);
+  check_product<T>(15, 52, 1400, true, false, 2);
 }
 
 }  // namespace

@@ -568,7 +568,8 @@ bool can_take_panels(const Matrix<const TA>& a, int64_t columns) {
          !needs_no_packing<Acc>(a, Matrix<const Acc>{nullptr, a.columns, columns, columns, 1});
 }
 
-// The same product, of the same sums, where B lies in panels of panel_width(columns).
+// The same product, of the same sums, where B lies in panels of panel_width(columns); its data, a
+// Buffer's, is not null.
 template <class Acc, class TA, class Parallel, class Epilogue>
 void product(const Matrix<const TA>& a, const Panels<const Acc>& b, const Parallel& parallel,
              const Epilogue& epilogue) {
