@@ -306,6 +306,32 @@ def test_mse_loss_scales_its_first_gradient_and_frees_the_graph(scale, backend, 
         loss.backward()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+def test_mse_loss_of_the_input_alone_can_be_transformed(reduction, backend, device):
+    """Where the gradient would be computed in the forward pass, were it an everyday call."""
+    target = torch.zeros(8, device=device)
+    input, tangent = (torch.linspace(first, 2, 8, device=device) for first in (0.25, -1))
+
+    def results(loss_of):
+        leaf = input.clone().requires_grad_()
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(loss_of(forward_ad.make_dual(leaf, tangent)))
+        return (
+            *dual,
+            torch.func.grad(loss_of)(input),
+            torch.func.hessian(loss_of)(input),
+            torch.func.vmap(torch.func.grad(loss_of))(torch.stack([input, tangent])),
+            *torch.func.jvp(loss_of, (leaf,), (tangent,)),
+            torch.func.vmap(loss_of)(torch.stack([leaf, 2 * leaf])),
+        )
+
+    torch.testing.assert_close(
+        results(lambda x: P.mse_loss(x, target, reduction, backend=backend)),
+        results(lambda x: F.mse_loss(x, target, reduction=reduction)),
+    )
+
+
 @pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
 def test_mse_loss_passes_a_tangent_on_in_its_first_backward(backend, device):
     """The gradient of the forward pass has none."""

@@ -19,11 +19,11 @@ from support import (
     through,
     with_visible_step,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyext import functional, registry
 from pyext.backends import BACKENDS, backends
 from pyext.lab import check
+from pyext.lab.host_path import Recorder
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a target size")
 
@@ -181,19 +181,6 @@ def test_two_layer_backward_of_the_weights_alone_is_that_of_all(dtype):
                     torch.testing.assert_close(each, expected, rtol=0, atol=0, equal_nan=True)
 
 
-class _RawOps(TorchDispatchMode):
-    """The names of the extension's raw ops that run while it is active."""
-
-    def __init__(self):
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "pyext":
-            self.names.append(function._opname)
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.skipif("extension" not in backends(), reason="the extension was not built")
 @pytest.mark.parametrize(
     ("of_target", "options", "one_pass"),
@@ -208,17 +195,22 @@ class _RawOps(TorchDispatchMode):
 def test_mse_loss_computes_its_gradient_in_the_forward_pass(of_target, options, one_pass):
     """Where it saves a pass over memory; and nowhere where no backward can follow."""
     input, target = torch.ones(8, requires_grad=True), torch.zeros(8, **of_target)
-    with _RawOps() as ops:
-        functional.mse_loss(input, target, **options, backend="extension").sum().backward()
+
+    def raw_ops_of(compute) -> list[str]:
+        with Recorder("pyext") as recorder:
+            compute()
+        return [raw_op.__name__ for raw_op, _ in recorder.calls]
+
+    def loss(*tensors):
+        return functional.mse_loss(*tensors, **options, backend="extension")
+
     two_passes = ["mse_loss_forward", "mse_loss_backward"]
-    assert ops.names == (["mse_loss_forward_backward"] if one_pass else two_passes)
-    for call in (torch.no_grad(), torch.inference_mode()):
-        with call, _RawOps() as ops:
-            functional.mse_loss(input, target, **options, backend="extension")
-        assert ops.names == ["mse_loss_forward"]
-    with _RawOps() as ops:
-        functional.mse_loss(input.detach(), target.detach(), **options, backend="extension")
-    assert ops.names == ["mse_loss_forward"]
+    expected = ["mse_loss_forward_backward"] if one_pass else two_passes
+    assert raw_ops_of(lambda: loss(input, target).sum().backward()) == expected
+    for no_backward in (torch.no_grad(), torch.inference_mode()):
+        with no_backward:
+            assert raw_ops_of(lambda: loss(input, target)) == ["mse_loss_forward"]
+    assert raw_ops_of(lambda: loss(input.detach(), target.detach())) == ["mse_loss_forward"]
 
 
 @pytest.mark.skipif("extension" not in backends(), reason="the extension was not built")

@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> two_layer_backward(
           return as_const(d_of_task.by_rows());
         };
         if (!own_d) d_of(0, parallel);
-        const auto by_rows = as_const(d.by_rows());
+        const auto by_rows = as_const(d.by_rows());  // read only where d does not lie in panels
         if (need_w1 && need_w2)
           kernels::weight_products<Acc>(
               view<T>(x), view<T>(hidden), as_const(d), view<T>(grad_out), parallel,

@@ -71,7 +71,7 @@ def small_case(op: registry.Op, dtype: str, device: str) -> Case:
 RawCall = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """The calls of one namespace's raw ops while it is active, and their outputs."""
 
     def __init__(self, namespace: str):
@@ -157,9 +157,9 @@ def _both(function: Callable, inputs: Inputs, direction: str = "both") -> Autogr
 
 def _recorded(
     op: registry.Op, function: Callable, inputs: Inputs, backend: str
-) -> tuple[_Recorder, _Recorder]:
+) -> tuple[Recorder, Recorder]:
     """The raw ops that the forward (or the step) and the backward of one call run."""
-    forward, backward = (_Recorder(BACKENDS[backend].namespace) for _ in range(2))
+    forward, backward = (Recorder(BACKENDS[backend].namespace) for _ in range(2))
     if op.is_step:
         step = StepCall(function, inputs.args)
         with forward:

@@ -54,10 +54,9 @@ class GradientInForward(Formulas, Protocol):
     """Formulas of one output whose gradient another raw op computes along with it, which saves a
     pass over memory.
 
-    A caller that wants it calls ``op.with_gradient[raw](*inputs)``, but only where grad mode is on,
-    nothing traces or transforms, and no input needs a gradient but those that ``scaled`` returns
-    one for: nothing here checks that. The first backward then takes the gradient that is there. A
-    second one (after ``retain_graph``) and one that is differentiated itself go by ``backward``.
+    ``Differentiable.at_once_with_gradient`` uses it: the first backward takes the gradient that is
+    there. A second one (after ``retain_graph``) and one that is differentiated itself go by
+    ``backward``.
     """
 
     gradient_op: str
@@ -101,8 +100,8 @@ class Differentiable:
         # and without.
         self._recorded: dict[Any, Callable] = {}
         self._computed: dict[Any, Callable] = {}
-        self.with_gradient: dict[Any, Callable] = {}
-        """By namespace, where it has the ``gradient_op``: see ``GradientInForward``."""
+        # By namespace, where it has the formulas' gradient_op.
+        self._recorded_with_gradient: dict[Any, Callable] = {}
         self._all.append(self)
 
     def __call__(self, raw, *inputs):
@@ -127,6 +126,21 @@ class Differentiable:
                     return self._recorded[raw](*inputs)
         return self._computed[raw](*inputs)
 
+    def at_once_with_gradient(self, raw, *inputs):
+        """``at_once``, the gradient in the forward pass where the backend has that.
+
+        From callers that know: just the inputs for which ``scaled`` returns a gradient need one.
+        """
+        record = self._recorded_with_gradient.get(raw)
+        if (
+            record is None
+            or not is_grad_enabled()
+            or _are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+        ):
+            return self.at_once(raw, *inputs)
+        return record(*inputs)
+
     @classmethod
     def make_shells(cls, raw, names: Iterable[str]) -> None:
         """Makes every op's shells over one namespace; ``torch.compile`` could not while tracing.
@@ -141,7 +155,7 @@ class Differentiable:
             shells = each._shells[raw.name] = _make_shells(each._formulas, direct, computed)
             each._recorded[raw] = shells.plain.apply
             if shells.with_gradient is not None:
-                each.with_gradient[raw] = shells.with_gradient.apply
+                each._recorded_with_gradient[raw] = shells.with_gradient.apply
             each._computed[raw] = each._computed[direct] = computed
 
 

@@ -7,9 +7,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, is_grad_enabled
-from torch._C import _are_functorch_transforms_active
-from torch.autograd import forward_ad
+from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
@@ -105,19 +103,14 @@ def mse_loss(
 
 def _at_once(raw, input: torch.Tensor, target: torch.Tensor, number: int) -> torch.Tensor:
     """The loss in a dtype of ``_WIDE``, where ``torch.compile`` does not trace."""
-    record = _mse_loss.with_gradient.get(raw)
     if (
-        record is not None
-        and input.requires_grad
-        and is_grad_enabled()
+        input.requires_grad
         and not target.requires_grad
         and number != _NONE
         and input.is_cpu
         and type(input) in _WITH_DATA
-        and not _are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    ):
-        return record(input, target, number)  # one pass over memory instead of two
+    ):  # one pass over memory instead of two
+        return _mse_loss.at_once_with_gradient(raw, input, target, number)
     return _mse_loss.at_once(raw, input, target, number)
 
 
