@@ -119,6 +119,24 @@ class TestMeasure:
         turns = [who for i, (who, _, _) in enumerate(batches) if i == 0 or batches[i - 1][0] != who]
         assert len(turns) >= 2 * TINY.blocks - TINY.blocks // 2, "they took turns"
 
+    def test_a_run_has_a_name_of_its_own(self):
+        subjects = [Subject(name, lambda: None) for name in "ab"]
+        first, second = (
+            measure.measure(subjects, "host", TINY, device=CPU, seed=0) for _ in range(2)
+        )
+        assert first["a"].run == first["b"].run != second["a"].run == second["b"].run
+        assert Samples.from_json(json.loads(json.dumps(first["a"].to_json()))).run == first["a"].run
+
+    def test_a_slow_moment_does_not_cut_the_samples(self):
+        """A batch counts as long as it takes at its fastest."""
+        seconds = itertools.chain([4e-3, 1e-3], itertools.repeat(9e-3))
+
+        def sample(subject, calls):
+            time.sleep(1e-3)
+            return next(seconds)
+
+        assert measure._warm_up(Subject("a", lambda: None), sample, 0.01) == (1, 1e-3)
+
     def test_disturbed_blocks_are_taken_anew_for_all(self, monkeypatch):
         """Two subjects: the watch is asked before each and at the end of a block."""
         watch = Watch([False] * 3 + [False, True, False] + [False] * 6 + [True])
@@ -312,6 +330,25 @@ class TestRows:
         row = results.new_row(CASE, "extension", "backend", "host", "ok")
         results.fill_times(row, made_up(1e-3), None, made_up(4e-3), made_up(2e-3), seed=0)
         assert row["ratio_vs_eager"] == pytest.approx(2, rel=0.1)
+
+    def test_blocks_pair_where_both_were_measured_in_one_run(self):
+        drift = np.linspace(1, 3, 20)  # of the machine, which both see block by block
+
+        def measured(run):
+            taken = made_up(1e-3, drift=drift), made_up(2e-3, seed=1, drift=drift)
+            return [dataclasses.replace(each, run=run) for each in taken]
+
+        def width(variant, baseline):
+            row = results.new_row(CASE, "extension", "backend", "host", "ok")
+            slow = made_up(9e-3)
+            results.fill_times(row, slow, variant, slow, baseline, seed=0)
+            low, high = row["ratio_ci"]
+            return high / low - 1
+
+        fast, slow = measured("apart")
+        paired = width(fast, slow)
+        assert width(fast, dataclasses.replace(slow, run="another")) > 3 * paired
+        assert width(*measured(None)) > 3 * paired
 
     def test_faster_than_the_floor_is_flagged(self):
         row = results.new_row(CASE, "extension", "backend", "host", "ok")

@@ -12,6 +12,7 @@ import gc
 import math
 import platform
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,8 @@ class Samples:
     """How many of the blocks were kept, for want of time, although they were disturbed."""
     retaken_blocks: int = 0
     """How many others were disturbed, and are not among ``seconds``."""
+    run: str | None = None
+    """Equal where samples come from one call of :func:`measure`: their blocks are interleaved."""
 
     @property
     def median(self) -> float:
@@ -179,8 +182,9 @@ def measure(
     ready = [subject for subject in subjects if subject.name not in results]
     watch = CoreWatch() if device.type == "cpu" else None
     with _no_garbage_collection():
-        calls = {s.name: _warm_up(s, sample, effort.warmup_s) for s in ready}
-        batch_s = {s.name: calls[s.name] * sample(s, calls[s.name]) for s in ready}
+        calls, batch_s = {}, {}
+        for each in ready:
+            calls[each.name], batch_s[each.name] = _warm_up(each, sample, effort.warmup_s)
         counts = {name: _sample_count(each, effort) for name, each in batch_s.items()}
         # Equally many blocks for all, so that blocks pair; the slow ones then have one sample each.
         blocks = min([effort.blocks, *counts.values()])
@@ -209,9 +213,10 @@ def measure(
             for name, times in block.items():
                 seconds[name].append(times)
     disturbed = sum(each > DISTURBED for each in slowdowns)
+    run = uuid.uuid4().hex
     for name, each in seconds.items():
         batch = sample.batch(name, calls[name])
-        results[name] = Samples(np.array(each), batch, disturbed, retaken)
+        results[name] = Samples(np.array(each), batch, disturbed, retaken, run)
     return results
 
 
@@ -238,8 +243,9 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _warm_up(subject: Subject, sample: Callable, seconds: float) -> int:
-    """Runs for ``seconds`` at least and returns how many calls make a batch of ``_BATCH_S``."""
+def _warm_up(subject: Subject, sample: Callable, seconds: float) -> tuple[int, float]:
+    """Runs for ``seconds`` at least and returns how many calls make a batch of ``_BATCH_S``, and
+    how long a batch takes at its fastest."""
     calls, fastest = 1, math.inf
     end = time.perf_counter() + seconds
     while True:
@@ -249,7 +255,7 @@ def _warm_up(subject: Subject, sample: Callable, seconds: float) -> int:
         # At most fourfold at once: the first calls are slow and would mislead.
         calls = max(1, min(wanted, 4 * calls, subject.max_batch))
         if time.perf_counter() > end and calls >= min(wanted, subject.max_batch):
-            return calls
+            return calls, calls * fastest
 
 
 def _sample_count(batch_s: float, effort: Effort) -> int:

@@ -98,7 +98,7 @@ def fill_times(
     Everyone counts with the better of two times: interleaved with all others, and apart from them,
     where nothing can starve it or empty its caches.
     """
-    best, interleaved = _better(samples, alone)
+    best = _better(samples, alone)
     row |= {
         "median_s": best.median,
         "p20_s": best.quantile(0.2),
@@ -114,8 +114,8 @@ def fill_times(
     if row["variant"] == "eager":
         row |= {"ratio_vs_eager": 1.0, "ratio_ci": [1.0, 1.0], "verdict": "baseline"}
     elif baseline is not None:
-        reference, reference_interleaved = _better(baseline, baseline_alone)
-        paired = interleaved and reference_interleaved
+        reference = _better(baseline, baseline_alone)
+        paired = best.run is not None and best.run == reference.run
         ratio = ratio_of_medians(reference, best, paired=paired, seed=seed)
         row |= {
             "ratio_vs_eager": ratio.value,
@@ -132,11 +132,9 @@ def fill_floor(row: dict[str, Any], case: Case, ceilings: roofline.Ceilings) -> 
         row["above_ceiling"] = row["pct_of_floor"] > 100
 
 
-def _better(samples: Samples, alone: Samples | None) -> tuple[Samples, bool]:
-    """The samples with the lower median, and whether they are the interleaved ones."""
-    if alone is None or samples.median <= alone.median:
-        return samples, True
-    return alone, False
+def _better(samples: Samples, alone: Samples | None) -> Samples:
+    """The samples with the lower median."""
+    return samples if alone is None or samples.median <= alone.median else alone
 
 
 class Results:
