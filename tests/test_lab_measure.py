@@ -24,7 +24,7 @@ from pyext import registry
 from pyext.backends import backends
 from pyext.lab import check, cores, measure, report, results, roofline
 from pyext.lab.cases import Case, Inputs, backend_variant
-from pyext.lab.measure import Effort, Samples, Subject, ratio_of_medians
+from pyext.lab.measure import Effort, Samples, Subject, speedup
 from pyext.lab.peers import Peers
 from pyext.registry import Cost
 
@@ -42,20 +42,20 @@ def made_up(median: float, *, blocks: int = 20, seed: int = 0, drift=None) -> Sa
 class TestRatio:
     @pytest.mark.parametrize("paired", [True, False])
     def test_contains_the_true_ratio(self, paired):
-        ratio = ratio_of_medians(made_up(2e-3), made_up(1e-3, seed=1), paired=paired, seed=0)
+        ratio = speedup(made_up(2e-3), made_up(1e-3, seed=1), paired=paired, seed=0)
         assert ratio.low < 2 < ratio.high
         assert ratio.low < ratio.value < ratio.high
         assert ratio.high / ratio.low < 1.2
         assert ratio.verdict == "faster"
 
     def test_below_one_is_slower(self):
-        ratio = ratio_of_medians(made_up(1e-3), made_up(2e-3, seed=1), paired=True, seed=0)
+        ratio = speedup(made_up(1e-3), made_up(2e-3, seed=1), paired=True, seed=0)
         assert ratio.high < 1
         assert ratio.verdict == "slower"
 
     def test_equal_times_are_no_difference(self):
         verdicts = [
-            ratio_of_medians(
+            speedup(
                 made_up(1e-3, seed=2 * i), made_up(1e-3, seed=2 * i + 1), paired=True, seed=i
             ).verdict
             for i in range(20)
@@ -63,23 +63,35 @@ class TestRatio:
         # At 95 % one of twenty may miss; three would be a faulty interval.
         assert verdicts.count("no difference") >= 18
 
-    def test_pairing_cancels_a_common_drift(self):
-        drift = np.linspace(1.0, 3.0, 20)
-        baseline, variant = made_up(2e-3, drift=drift), made_up(1e-3, seed=1, drift=drift)
-        paired = ratio_of_medians(baseline, variant, paired=True, seed=0)
-        independent = ratio_of_medians(baseline, variant, paired=False, seed=0)
-        assert paired.high - paired.low < 0.5 * (independent.high - independent.low)
+    @pytest.mark.parametrize(
+        "drift",
+        [np.linspace(1, 3, 20), np.repeat([1, 1.14], 10), np.tile([1, 1.14], 10)],
+        ids=["slower all the time", "slower from the middle on", "slower every other block"],
+    )
+    def test_pairing_cancels_a_common_drift(self, drift):
+        """Whatever the drift, the interval is as wide as without, and as often right."""
+
+        def paired(drift, seed):
+            baseline = made_up(2e-3, seed=2 * seed, drift=drift)
+            variant = made_up(1e-3, seed=2 * seed + 1, drift=drift)
+            ratio = speedup(baseline, variant, paired=True, seed=seed, resamples=500)
+            return ratio.value, ratio.low, ratio.high
+
+        drifting, steady = ([paired(each, i) for i in range(100)] for each in (drift, None))
+        np.testing.assert_allclose(drifting, steady)
+        # At 95 % five of a hundred may miss.
+        assert sum(low < 2 < high for _, low, high in drifting) >= 88
 
     def test_the_seed_decides(self):
         baseline, variant = made_up(2e-3), made_up(1e-3, seed=1)
         first, again, other = (
-            ratio_of_medians(baseline, variant, paired=True, seed=seed) for seed in (3, 3, 4)
+            speedup(baseline, variant, paired=True, seed=seed) for seed in (3, 3, 4)
         )
         assert first == again != other
 
     def test_paired_samples_need_equally_many_blocks(self):
         with pytest.raises(ValueError, match="equally many blocks, got 20 and 19"):
-            ratio_of_medians(made_up(1), made_up(1, blocks=19), paired=True, seed=0)
+            speedup(made_up(1), made_up(1, blocks=19), paired=True, seed=0)
 
 
 class Watch:

@@ -108,7 +108,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of medians with its 95 % bootstrap interval."""
+    """A ratio of times with its 95 % bootstrap interval."""
 
     value: float
     low: float
@@ -124,36 +124,39 @@ class Ratio:
         return "no difference"
 
 
-def ratio_of_medians(
+def speedup(
     baseline: Samples, variant: Samples, *, paired: bool, seed: int, resamples: int = _RESAMPLES
 ) -> Ratio:
-    """``baseline``'s median over ``variant``'s: above 1, the variant is the faster one.
+    """``baseline``'s time over ``variant``'s: above 1, the variant is the faster one.
 
-    Whole blocks are drawn with replacement, because samples within a block share their moment.
+    Paired, it is the median of what each block says by itself, so that a machine that is slower by
+    the minute leaves no trace; else the ratio of the medians of all samples. Whole blocks are drawn
+    with replacement, because samples within a block share their moment.
 
     Args:
         baseline: times of the reference.
         variant: times of the variant.
-        paired: both were interleaved in one run, so that block i is the same moment in both and
-            the same blocks are drawn for both.
+        paired: both were interleaved in one run, so that block i is the same moment in both.
         seed: of the bootstrap; equal seeds give equal intervals.
         resamples: how many times to draw.
+
+    Raises:
+        ValueError: ``paired``, and one has more blocks than the other.
     """
     generator = np.random.default_rng(seed)
-    blocks = len(baseline.seconds)
-    if paired and blocks != len(variant.seconds):
-        raise ValueError(
-            f"paired samples need equally many blocks, got {blocks} and {len(variant.seconds)}"
-        )
+    blocks, own = len(baseline.seconds), len(variant.seconds)
     draws = generator.integers(blocks, size=(resamples, blocks))
     if paired:
-        variant_draws = draws
+        if blocks != own:
+            raise ValueError(f"paired samples need equally many blocks, got {blocks} and {own}")
+        each = np.median(baseline.seconds, axis=1) / np.median(variant.seconds, axis=1)
+        value, ratios = np.median(each), np.median(each[draws], axis=1)
     else:
-        own = len(variant.seconds)
         variant_draws = generator.integers(own, size=(resamples, own))
-    ratios = _medians(baseline.seconds, draws) / _medians(variant.seconds, variant_draws)
+        value = baseline.median / variant.median
+        ratios = _medians(baseline.seconds, draws) / _medians(variant.seconds, variant_draws)
     low, high = np.quantile(ratios, (0.025, 0.975))
-    return Ratio(baseline.median / variant.median, float(low), float(high))
+    return Ratio(float(value), float(low), float(high))
 
 
 def _medians(seconds: np.ndarray, draws: np.ndarray) -> np.ndarray:

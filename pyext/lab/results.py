@@ -13,7 +13,7 @@ from typing import Any
 
 from pyext.lab import roofline
 from pyext.lab.cases import Case, floor_of
-from pyext.lab.measure import Samples, ratio_of_medians
+from pyext.lab.measure import Samples, speedup
 
 SCHEMA = "pyext-lab/results/1"
 
@@ -116,7 +116,7 @@ def fill_times(
     elif baseline is not None:
         reference = _better(baseline, baseline_alone)
         paired = best.run is not None and best.run == reference.run
-        ratio = ratio_of_medians(reference, best, paired=paired, seed=seed)
+        ratio = speedup(reference, best, paired=paired, seed=seed)
         row |= {
             "ratio_vs_eager": ratio.value,
             "ratio_ci": [ratio.low, ratio.high],

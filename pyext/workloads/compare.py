@@ -739,7 +739,7 @@ def _speed(
     samples, eager = (
         measure.Samples(np.array(times)[:, None], block_steps) for times in (block_s, eager_block_s)
     )
-    ratio = measure.ratio_of_medians(eager, samples, paired=True, seed=training.hyper.seed)
+    ratio = measure.speedup(eager, samples, paired=True, seed=training.hyper.seed)
     return Speed(
         training.name,
         name,
