@@ -325,6 +325,57 @@ class TestProcesses:
         assert set(alone) == {*usable, "eager-inplace"}
         assert all(seconds > 0 for seconds in alone.values())
 
+    def test_on_a_cpu_those_apart_take_turns_at_each_case(self, run, monkeypatch, tmp_path):
+        log = []
+
+        def time_apart(jobs, effort, seed, limit_s):
+            if jobs[0][0].outputs == PREALLOCATED:  # all variants in one process
+                return
+            name = jobs[0][1][-1]
+            try:
+                for case, _ in jobs:
+                    log.append((name, case.op))
+                    yield case, []
+            finally:
+                log.append((name, "end"))
+
+        monkeypatch.setattr(isolated, "time_apart", time_apart)
+        arguments = "--device cpu --suite relu,mse_loss --shape 64 --backend eager".split()
+        arguments += ["--peer", "eager-inplace", "--out", str(tmp_path)]
+        assert run.main(arguments, effort=TINY, alone=True) == 0
+        first, second = log[0][1], log[2][1]
+        assert log == [
+            ("eager", first),
+            ("eager-inplace", first),
+            ("eager", second),
+            ("eager", "end"),
+            ("eager-inplace", second),
+            ("eager-inplace", "end"),
+        ]
+
+    def test_a_process_waits_for_its_turn(self, monkeypatch):
+        answers, turns = [], iter([True, True, False])
+        request = {"task": "time", "threads": torch.get_num_threads(), "seed": 0}
+        request |= {"cases": 3 * [self.CASE.to_json()], "variants": 3 * [["eager"]]}
+        request["effort"] = dataclasses.asdict(TINY)
+        monkeypatch.setattr(isolated, "receive", lambda: (request, answers.append))
+        monkeypatch.setattr(isolated, "wait_for_turn", lambda: next(turns))
+        isolated.main()
+        assert len(answers) == 1 + 2  # that it has started, and two cases
+
+    def test_a_process_is_asked_when_the_answer_is_wanted(self):
+        script = (
+            "import time; from pyext.lab import isolated; _, send = isolated.receive(); send('0')\n"
+            "while isolated.wait_for_turn(): send(str(time.time()))"
+        )
+        answers = isolated.stream({}, command=(sys.executable, "-c", script))
+        assert next(answers) == 0
+        for _ in range(2):
+            wanted = time.time()
+            assert next(answers) >= wanted
+            time.sleep(0.2)  # in which it would answer of itself
+        answers.close()
+
     @pytest.mark.skipif(not measure.can_recycle_memory(), reason="needs glibc's malloc")
     def test_preallocated_outputs_are_timed_in_a_process_of_their_own(self, run, tmp_path):
         case = dataclasses.replace(self.CASE, shape=(2**20,))
@@ -340,7 +391,7 @@ class TestProcesses:
     def test_a_process_that_dies_says_how_and_another_goes_on(self, monkeypatch):
         """The second of three cases kills it: with a signal, or with Python's own words."""
         script = (
-            "import json, os, sys; request = json.load(sys.stdin); print(0, flush=True)\n"
+            "import json, os, sys; request = json.loads(input()); print(0, flush=True)\n"
             "for case in request['cases']:\n"
             "    if case['shape'] == [2]: ACTION\n"
             "    print(json.dumps([{'name': 'eager', 'kind': 'backend', 'times': {}}]), flush=True)"
@@ -360,7 +411,7 @@ class TestProcesses:
     def test_a_death_is_charged_to_who_dies_alone(self, monkeypatch):
         """Of three variants one kills the process; a peer that does is not to be had."""
         script = (
-            "import json, os, sys; request = json.load(sys.stdin); print(0, flush=True)\n"
+            "import json, os, sys; request = json.loads(input()); print(0, flush=True)\n"
             "for names in request['variants']:\n"
             "    if {'extension', 'jax'} & set(names): os._exit(7)\n"
             "    answer = [{'name': name, 'kind': 'backend', 'times': {}} for name in names]\n"

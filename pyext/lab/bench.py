@@ -7,6 +7,7 @@ each variant alone, the ceilings once more, and the MNIST training.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -321,48 +322,73 @@ class Benchmark:
         self.results.save()
 
     def _time_alone(self, progress: Progress) -> None:
-        settings, soloists = self.settings, self._soloists()
-        profile = PROFILES[settings.profile]
-        for index, name in enumerate(soloists):
-            done_before = index / len(soloists)
-            progress(name, done_before)
-            right = [
+        profile, soloists = PROFILES[self.settings.profile], self._soloists()
+        right = {
+            name: [
                 case
                 for case, outcomes in self._timed.items()
                 if case.direction in profile.alone_directions
                 and case.outputs in profile.alone_outputs
                 and any(each.name == name and each.status == "ok" for each in outcomes)
             ]
-            limit = None
-            if settings.limit_s is not None:
-                spare = self._time_left() - self._after_ops_s()
-                limit = max(spare, 0.0) / (len(soloists) - index)
-                if limit < 5.0:  # starting Python and PyTorch takes most of that
-                    self._note_short_of_time(f"{name} was not timed alone")
-                    continue
-            count = 0
-            # A backend beside eager, which it is compared with: a quiet moment is then both's.
-            names = [name] if name == "eager" or name in PEERS else ["eager", name]
-            jobs = [(case, names) for case in right]
-            for case, outcomes in isolated.time_apart(jobs, settings.alone, settings.seed, limit):
-                count += 1
-                progress(f"{name}: {case.label}", done_before + count / len(right) / len(soloists))
-                for outcome in outcomes:
-                    if outcome.status not in FAILURES:
-                        self._add_alone(case, outcome)
-                    else:  # right among the others, but not apart from them
-                        self._timed[case] = [
-                            outcome if each.name == outcome.name else each
-                            for each in self._timed[case]
-                        ]
-                    if outcome.status == "unavailable":
-                        self.results.data["notes"].append(
-                            f"{name} could not be timed alone in {case.label}: {outcome.reason}."
-                        )
-                self._write_rows(case)
-            if count < len(right):
-                self._note_short_of_time(f"{name} was timed alone in {count} of {len(right)} cases")
+            for name in soloists
+        }
+        turns = [(name, case) for name in soloists for case in right[name]]
+        together = self.settings.device.type == "cpu"
+        if together:
+            # One case after the other, and not one variant after the other: a machine that is
+            # slower by the minute is then slower for all. On a GPU, whose memory they would share,
+            # the processes are not there at the same time.
+            order = {case: index for index, case in enumerate(self._timed)}
+            turns.sort(key=lambda turn: (turn[1].outputs == PREALLOCATED, order[turn[1]]))
+        counts = dict.fromkeys(soloists, 0)
+        with contextlib.ExitStack() as processes:
+            timed = {}
+            for done, (name, case) in enumerate(turns):
+                progress(f"{name}: {case.label}", done / len(turns))
+                if name not in timed:
+                    shares = 1 if together else len(soloists) - len(timed)
+                    timed[name] = self._timed_apart(name, right[name], shares)
+                    processes.callback(timed[name].close)
+                if (found := next(timed[name], None)) is not None:
+                    counts[name] += 1
+                    self._take_alone(name, *found)
+                if counts[name] == len(right[name]):
+                    timed[name].close()
+        for name, count in counts.items():
+            if count < len(right[name]):
+                self._note_short_of_time(
+                    f"{name} was timed alone in {count} of {len(right[name])} cases"
+                )
         self._write_rows()
+
+    def _timed_apart(
+        self, name: str, cases: Sequence[Case], shares: int
+    ) -> Iterator[tuple[Case, list[Outcome]]]:
+        """Times a variant where no other ever ran, in one of ``shares`` of what time is left."""
+        limit = None
+        if self.settings.limit_s is not None:
+            limit = max(self._time_left() - self._after_ops_s(), 0.0) / shares
+            if limit < 5.0:  # starting Python and PyTorch takes most of that
+                return
+        # A backend beside eager, which it is compared with: a quiet moment is then both's.
+        names = [name] if name == "eager" or name in PEERS else ["eager", name]
+        jobs = [(case, names) for case in cases]
+        yield from isolated.time_apart(jobs, self.settings.alone, self.settings.seed, limit)
+
+    def _take_alone(self, name: str, case: Case, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            if outcome.status not in FAILURES:
+                self._add_alone(case, outcome)
+            else:  # right among the others, but not apart from them
+                self._timed[case] = [
+                    outcome if each.name == outcome.name else each for each in self._timed[case]
+                ]
+            if outcome.status == "unavailable":
+                self.results.data["notes"].append(
+                    f"{name} could not be timed alone in {case.label}: {outcome.reason}."
+                )
+        self._write_rows(case)
 
     def _add_alone(self, case: Case, outcome: Outcome) -> None:
         """Keeps the better of what a variant has shown apart from the others so far."""

@@ -1,7 +1,8 @@
 """Work in a process of its own: variants timed apart, or Triton checked in its interpreter.
 
 The parent (:func:`stream`) sends one JSON request; the child (``python -m pyext.lab.isolated``)
-answers with a JSON line once it has started, and one per case.
+answers with a JSON line once it has started, and one per case, for which it waits to be asked:
+several children can take turns.
 """
 
 from __future__ import annotations
@@ -172,6 +173,8 @@ def stream(
 ) -> Iterator[dict[str, Any]]:
     """Runs a child on ``request`` and yields its answers as they come; ends when it ends.
 
+    The child is asked for the next answer when the caller wants it (:func:`wait_for_turn`).
+
     Args:
         request: what :func:`receive` gives the child.
         variables: additions to its environment.
@@ -203,13 +206,17 @@ def stream(
         timer = threading.Timer(max(limit_s, 0.0), stop)
         timer.daemon = True
         timer.start()
+
+    def say(line: str) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it has ended: the exit code tells how
+            print(line, file=child.stdin, flush=True)
+
     try:
-        with contextlib.suppress(BrokenPipeError):  # it died at once: the exit code tells
-            with child.stdin:
-                child.stdin.write(json.dumps(request))
+        say(json.dumps(request))
         for line in child.stdout:
             if line.endswith("\n"):  # else it died, or was stopped, while writing
                 yield json.loads(line)
+            say("")
         if child.wait() != 0 and not out_of_time.is_set():
             raise ProcessDied(_death(child.returncode, errors))
     finally:
@@ -217,6 +224,8 @@ def stream(
             timer.cancel()
         child.kill()
         child.wait()
+        with contextlib.suppress(BrokenPipeError):  # what it was not there to read
+            child.stdin.close()
         child.stdout.close()
         errors.close()
 
@@ -243,7 +252,12 @@ def receive() -> tuple[dict[str, Any], Callable[[str], None]]:
     # Whatever a library prints must not get between the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    return json.load(sys.stdin), lambda line: print(line, file=answers)
+    return json.loads(sys.stdin.readline()), lambda line: print(line, file=answers)
+
+
+def wait_for_turn() -> bool:
+    """The child's side: waits until the parent wants the next answer; False if it is gone."""
+    return bool(sys.stdin.readline())
 
 
 def main() -> None:
@@ -258,6 +272,8 @@ def main() -> None:
     if any(case["outputs"] == PREALLOCATED for case in request["cases"]):
         measure.map_memory()
     for number, case in enumerate(map(Case.from_json, request["cases"])):
+        if not wait_for_turn():
+            return
         if (case.op, case.shape, case.dtype) != key:
             key, inputs = (case.op, case.shape, case.dtype), None  # frees the last one's first
             inputs = Inputs(registry.get(case.op), case, seed)
