@@ -159,6 +159,7 @@ def _speed_rows(
             "calls_per_sample": each.steps // max(len(each.block_s), 1),
             "ratio_vs_eager": each.ratio_vs_eager,
             "ratio_ci": [low, high],
+            "paired": None if each.backend == "eager" else True,
             "verdict": "baseline" if each.backend == "eager" else verdict,
         }
         rows.append(row)
@@ -178,7 +179,7 @@ def _speed_rows(
             row["rel_err"] = _float64_distance(checks)
             if wrong:  # right before the timing, not after it: no time then
                 kept = dict.fromkeys(("median_s", "p20_s", "p80_s", "interleaved_median_s"))
-                row |= kept | dict.fromkeys(("ratio_vs_eager", "ratio_ci", "verdict"))
+                row |= kept | dict.fromkeys(("ratio_vs_eager", "ratio_ci", "paired", "verdict"))
                 row |= {"status": "wrong", "verified": False, "reason": wrong["detail"]}
         if (workload, backend) not in timed and (wrong or (workload, backend) not in told):
             status = "wrong" if wrong else "interpreted"

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ import torch
 from pyext import registry
 from pyext.backends import BACKENDS, backends
 from pyext.lab import __main__ as lab_main
-from pyext.lab import isolated, measure, report, results
+from pyext.lab import bench, isolated, measure, report, results
 from pyext.lab.bench import default_backends
 from pyext.lab.cases import PREALLOCATED, Case
 from pyext.lab.measure import Effort, Samples
@@ -56,10 +57,12 @@ def run():
 
 @pytest.fixture(autouse=True)
 def _flags():
-    """A run turns TF32 off and may set the thread count for its whole process."""
+    """A run turns TF32 off and may set the thread count for its whole process; one that was
+    interrupted ignores a second Ctrl-C."""
     precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    threads = torch.get_num_threads()
+    threads, on_interrupt = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
     yield
+    signal.signal(signal.SIGINT, on_interrupt)
     torch.set_float32_matmul_precision(precision)
     torch.backends.cudnn.allow_tf32 = cudnn
     torch.set_num_threads(threads)
@@ -325,8 +328,23 @@ class TestProcesses:
         assert set(alone) == {*usable, "eager-inplace"}
         assert all(seconds > 0 for seconds in alone.values())
 
-    def test_on_a_cpu_those_apart_take_turns_at_each_case(self, run, monkeypatch, tmp_path):
+    @pytest.mark.parametrize(
+        ("device", "limit_s", "groups"),
+        [
+            ("cpu", None, [["eager", "extension", "compile", "jax"]]),
+            ("cpu", 60.0, [["eager", "extension"], ["compile", "jax"]]),
+            ("cuda", None, [["eager"], ["extension"], ["compile"], ["jax"]]),
+        ],
+    )
+    def test_who_is_there_at_the_same_time(self, device, limit_s, groups):
+        settings = SimpleNamespace(device=torch.device(device), limit_s=limit_s)
+        names = ["eager", "extension", "compile", "jax"]
+        found = bench.Benchmark._groups_apart(SimpleNamespace(settings=settings), names)
+        assert found == groups
+
+    def test_those_apart_take_turns_at_each_case(self, run, monkeypatch, tmp_path):
         log = []
+        monkeypatch.setattr(bench.Benchmark, "_groups_apart", lambda self, names: [names])
 
         def time_apart(jobs, effort, seed, limit_s):
             if jobs[0][0].outputs == PREALLOCATED:  # all variants in one process
@@ -353,6 +371,60 @@ class TestProcesses:
             ("eager-inplace", "end"),
         ]
 
+    def test_an_exception_ends_those_apart(self, run, monkeypatch, tmp_path):
+        ended, held = [], []
+
+        def time_apart(jobs, effort, seed, limit_s):
+            try:
+                for case, _ in jobs:
+                    yield case, []
+            finally:
+                ended.append(jobs[0][1])
+
+        def interrupt(self, name, case, outcomes):
+            if name == "eager-inplace":
+                held.append(KeyboardInterrupt())  # whose traceback keeps what nobody has closed
+                raise held[0]
+
+        monkeypatch.setattr(isolated, "time_apart", time_apart)
+        monkeypatch.setattr(bench.Benchmark, "_take_alone", interrupt)
+        arguments = "--device cpu --suite relu,mse_loss --shape 64 --backend eager".split()
+        arguments += ["--peer", "eager-inplace", "--out", str(tmp_path)]
+        assert run.main(arguments, effort=TINY, alone=True) == 130
+        assert ["eager"] in ended and ["eager-inplace"] in ended
+
+    def test_a_process_ends_when_its_parent_is_gone(self):
+        request = {"task": "time", "threads": 1, "seed": 0, "effort": dataclasses.asdict(TINY)}
+        request |= {"cases": [self.CASE.to_json()], "variants": [["eager"]]}
+        child = subprocess.run(
+            [sys.executable, "-m", "pyext.lab.isolated"],
+            input=json.dumps(request) + "\n",
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert (child.returncode, child.stdout) == (0, '"started"\n')
+
+    def test_a_death_between_two_turns_is_charged_to_nobody(self, monkeypatch):
+        script = (
+            "import json, os, sys; request = json.loads(input()); print(0, flush=True)\n"
+            "input(); print(json.dumps([{'name': 'eager', 'kind': 'backend', 'times': {}}]))\n"
+            "sys.stdout.flush(); os._exit(9)"
+        )
+        command, stream, starts = (sys.executable, "-c", script), isolated.stream, []
+
+        def slowly(*args):
+            starts.append(1)
+            for answer in stream(*args, command):
+                yield answer
+                time.sleep(0.2)  # in which it dies
+
+        monkeypatch.setattr(isolated, "stream", slowly)
+        jobs = [(dataclasses.replace(self.CASE, shape=(n,)), ["eager"]) for n in (1, 2, 3)]
+        outcomes = [outcome for _, (outcome,) in isolated.time_apart(jobs, TINY, seed=0)]
+        assert [each.status for each in outcomes] == ["ok"] * 3
+        assert len(starts) == 3
+
     def test_a_process_waits_for_its_turn(self, monkeypatch):
         answers, turns = [], iter([True, True, False])
         request = {"task": "time", "threads": torch.get_num_threads(), "seed": 0}
@@ -368,7 +440,7 @@ class TestProcesses:
             "import time; from pyext.lab import isolated; _, send = isolated.receive(); send('0')\n"
             "while isolated.wait_for_turn(): send(str(time.time()))"
         )
-        answers = isolated.stream({}, command=(sys.executable, "-c", script))
+        answers = isolated.stream({"turns": True}, command=(sys.executable, "-c", script))
         assert next(answers) == 0
         for _ in range(2):
             wanted = time.time()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -322,7 +322,7 @@ class Benchmark:
         self.results.save()
 
     def _time_alone(self, progress: Progress) -> None:
-        profile, soloists = PROFILES[self.settings.profile], self._soloists()
+        profile = PROFILES[self.settings.profile]
         right = {
             name: [
                 case
@@ -331,30 +331,26 @@ class Benchmark:
                 and case.outputs in profile.alone_outputs
                 and any(each.name == name and each.status == "ok" for each in outcomes)
             ]
-            for name in soloists
+            for name in self._soloists()
         }
-        turns = [(name, case) for name in soloists for case in right[name]]
-        together = self.settings.device.type == "cpu"
-        if together:
-            # One case after the other, and not one variant after the other: a machine that is
-            # slower by the minute is then slower for all. On a GPU, whose memory they would share,
-            # the processes are not there at the same time.
-            order = {case: index for index, case in enumerate(self._timed)}
-            turns.sort(key=lambda turn: (turn[1].outputs == PREALLOCATED, order[turn[1]]))
-        counts = dict.fromkeys(soloists, 0)
-        with contextlib.ExitStack() as processes:
-            timed = {}
-            for done, (name, case) in enumerate(turns):
-                progress(f"{name}: {case.label}", done / len(turns))
-                if name not in timed:
-                    shares = 1 if together else len(soloists) - len(timed)
-                    timed[name] = self._timed_apart(name, right[name], shares)
-                    processes.callback(timed[name].close)
-                if (found := next(timed[name], None)) is not None:
-                    counts[name] += 1
-                    self._take_alone(name, *found)
-                if counts[name] == len(right[name]):
-                    timed[name].close()
+        groups = self._groups_apart([name for name, cases in right.items() if cases])
+        counts = dict.fromkeys(right, 0)
+        for index, group in enumerate(groups):
+            share = len(group) / sum(map(len, groups[index:]))
+            with contextlib.ExitStack() as processes:
+                apart = {}
+                for name, case in _turns(group, right):
+                    done = sum(counts.values()) / sum(map(len, right.values()))
+                    progress(f"{name}: {case.label}", done)
+                    if name not in apart:
+                        limit = self._limit_apart(share)
+                        apart[name] = self._time_apart(name, right[name], limit)
+                        processes.callback(apart[name].close)
+                    if (found := next(apart[name], None)) is not None:
+                        counts[name] += 1
+                        self._take_alone(name, *found)
+                    if counts[name] == len(right[name]):
+                        apart[name].close()  # others may need its memory
         for name, count in counts.items():
             if count < len(right[name]):
                 self._note_short_of_time(
@@ -362,19 +358,36 @@ class Benchmark:
                 )
         self._write_rows()
 
-    def _timed_apart(
-        self, name: str, cases: Sequence[Case], shares: int
+    def _groups_apart(self, soloists: Sequence[str]) -> list[list[str]]:
+        """Whose processes are there at the same time.
+
+        On a CPU all, and one case is timed after the other, not one variant: a machine that is
+        slower by the minute is then slower for all. But where the time is limited, one peer that
+        hangs must not take that of the backends. On a GPU each by itself: its memory is one.
+        """
+        if self.settings.device.type != "cpu":
+            return [[name] for name in soloists]
+        if self.settings.limit_s is None:
+            return [list(soloists)]
+        peers = [name for name in soloists if name in PEERS]
+        own = [name for name in soloists if name not in PEERS]
+        return [group for group in (own, peers) if group]
+
+    def _limit_apart(self, share: float) -> float | None:
+        """Seconds for processes that get ``share`` of the time that is left."""
+        if self.settings.limit_s is None:
+            return None
+        return share * max(self._time_left() - self._after_ops_s(), 0.0)
+
+    def _time_apart(
+        self, name: str, cases: Sequence[Case], limit_s: float | None
     ) -> Iterator[tuple[Case, list[Outcome]]]:
-        """Times a variant where no other ever ran, in one of ``shares`` of what time is left."""
-        limit = None
-        if self.settings.limit_s is not None:
-            limit = max(self._time_left() - self._after_ops_s(), 0.0) / shares
-            if limit < 5.0:  # starting Python and PyTorch takes most of that
-                return
+        if limit_s is not None and limit_s < 5.0:  # starting Python and PyTorch takes most of that
+            return
         # A backend beside eager, which it is compared with: a quiet moment is then both's.
         names = [name] if name == "eager" or name in PEERS else ["eager", name]
         jobs = [(case, names) for case in cases]
-        yield from isolated.time_apart(jobs, self.settings.alone, self.settings.seed, limit)
+        yield from isolated.time_apart(jobs, self.settings.alone, self.settings.seed, limit_s)
 
     def _take_alone(self, name: str, case: Case, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
@@ -510,6 +523,13 @@ class Benchmark:
 
     def _note_short_of_time(self, what: str) -> None:
         self.results.data["notes"].append(f"{what}: {OUT_OF_TIME}.")
+
+
+def _turns(names: Sequence[str], cases: Mapping[str, Sequence[Case]]) -> Iterator[tuple[str, Case]]:
+    """Who comes after whom, case by case; preallocated outputs last, as in each process."""
+    every = dict.fromkeys(case for name in names for case in cases[name])
+    for case in sorted(every, key=lambda case: case.outputs == PREALLOCATED):
+        yield from ((name, case) for name in names if case in cases[name])
 
 
 def _interpretable(shape: Sequence[int]) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """Work in a process of its own: variants timed apart, or Triton checked in its interpreter.
 
 The parent (:func:`stream`) sends one JSON request; the child (``python -m pyext.lab.isolated``)
-answers with a JSON line once it has started, and one per case, for which it waits to be asked:
-several children can take turns.
+answers with a JSON line once it has started, and one per case. If the request says so (``turns``),
+it waits to be asked for each case, so that several children can take turns.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import torch
 
@@ -35,6 +35,10 @@ from pyext.lab.timing import Outcome, failed, time_case
 class ProcessDied(RuntimeError):
     """A child ended otherwise than it should, and not for lack of time. Says how, as the rest of a
     sentence about the process."""
+
+
+class _DiedWaiting(ProcessDied):
+    """It died between two turns: the next case is not to blame."""
 
 
 class _NeverStarted(ProcessDied):
@@ -57,7 +61,8 @@ def time_apart(
             preallocated outputs come last, in a process of their own that recycles its memory.
         effort: how long to measure each.
         seed: the run's.
-        limit_s: after so many seconds the process is stopped; finished cases have come by then.
+        limit_s: after so many seconds, those included in which the caller does not ask for the
+            next case, the process is stopped; finished cases have come by then.
 
     Yields:
         Each case with its outcomes. Where the process dies, each of the case's variants is tried
@@ -148,7 +153,7 @@ def _answers(
     """
     todo = list(jobs)
     while todo:
-        asked = request(todo) | {"threads": torch.get_num_threads()}
+        asked = request(todo) | {"threads": torch.get_num_threads(), "turns": True}
         started = False
         try:
             for answer in stream(asked, variables, left()):
@@ -162,7 +167,8 @@ def _answers(
             if not started:
                 yield from ((job, _NeverStarted(str(death))) for job in todo)
                 return
-            yield todo.pop(0), death
+            if todo and not isinstance(death, _DiedWaiting):
+                yield todo.pop(0), death
 
 
 def stream(
@@ -173,7 +179,8 @@ def stream(
 ) -> Iterator[dict[str, Any]]:
     """Runs a child on ``request`` and yields its answers as they come; ends when it ends.
 
-    The child is asked for the next answer when the caller wants it (:func:`wait_for_turn`).
+    With ``turns`` in the request, it asks the child when the caller wants the next answer
+    (:func:`wait_for_turn`), and otherwise takes what comes.
 
     Args:
         request: what :func:`receive` gives the child.
@@ -216,7 +223,10 @@ def stream(
         for line in child.stdout:
             if line.endswith("\n"):  # else it died, or was stopped, while writing
                 yield json.loads(line)
-            say("")
+            if request.get("turns"):
+                if child.poll() and not out_of_time.is_set():
+                    raise _DiedWaiting(_death(child.returncode, errors))
+                say("")
         if child.wait() != 0 and not out_of_time.is_set():
             raise ProcessDied(_death(child.returncode, errors))
     finally:
@@ -249,15 +259,21 @@ def _death(returncode: int, errors: BinaryIO) -> str:
 
 def receive() -> tuple[dict[str, Any], Callable[[str], None]]:
     """The child's side of :func:`stream`: its request, and what sends a line back."""
-    # Whatever a library prints must not get between the answers.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    global _from_parent
+    # Whatever a library prints must not get between the answers, and what it reads not be a turn.
+    answers, _from_parent = os.fdopen(os.dup(1), "w", buffering=1), os.fdopen(os.dup(0))
     os.dup2(2, 1)
-    return json.loads(sys.stdin.readline()), lambda line: print(line, file=answers)
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    return json.loads(_from_parent.readline()), lambda line: print(line, file=answers)
+
+
+_from_parent: TextIO
 
 
 def wait_for_turn() -> bool:
     """The child's side: waits until the parent wants the next answer; False if it is gone."""
-    return bool(sys.stdin.readline())
+    return bool(_from_parent.readline())
 
 
 def main() -> None:
@@ -272,10 +288,11 @@ def main() -> None:
     if any(case["outputs"] == PREALLOCATED for case in request["cases"]):
         measure.map_memory()
     for number, case in enumerate(map(Case.from_json, request["cases"])):
-        if not wait_for_turn():
-            return
         if (case.op, case.shape, case.dtype) != key:
             key, inputs = (case.op, case.shape, case.dtype), None  # frees the last one's first
+        if not wait_for_turn():
+            return
+        if inputs is None:
             inputs = Inputs(registry.get(case.op), case, seed)
         if request["task"] == "time":
             names, effort = request["variants"][number], Effort(**request["effort"])

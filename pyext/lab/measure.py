@@ -85,7 +85,8 @@ class Samples:
     retaken_blocks: int = 0
     """How many others were disturbed, and are not among ``seconds``."""
     run: str | None = None
-    """Equal where samples come from one call of :func:`measure`: their blocks are interleaved."""
+    """Equal where samples come from one call of :func:`measure`: their blocks are interleaved. None
+    where that is not known; it equals nothing."""
 
     @property
     def median(self) -> float:

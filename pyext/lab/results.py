@@ -44,6 +44,7 @@ COLUMNS = (
     "retaken_blocks",
     "ratio_vs_eager",
     "ratio_ci",
+    "paired",
     "verdict",
     "floor_s",
     "pct_of_floor",
@@ -120,6 +121,7 @@ def fill_times(
         row |= {
             "ratio_vs_eager": ratio.value,
             "ratio_ci": [ratio.low, ratio.high],
+            "paired": paired,
             "verdict": ratio.verdict,
         }
 
