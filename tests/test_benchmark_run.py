@@ -417,7 +417,7 @@ class TestProcesses:
             starts.append(1)
             for answer in stream(*args, command):
                 yield answer
-                time.sleep(0.2)  # in which it dies
+                time.sleep(1)  # in which it dies
 
         monkeypatch.setattr(isolated, "stream", slowly)
         jobs = [(dataclasses.replace(self.CASE, shape=(n,)), ["eager"]) for n in (1, 2, 3)]
