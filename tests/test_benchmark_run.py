@@ -366,9 +366,9 @@ class TestProcesses:
             ("eager", first),
             ("eager-inplace", first),
             ("eager", second),
-            ("eager", "end"),
             ("eager-inplace", second),
             ("eager-inplace", "end"),
+            ("eager", "end"),
         ]
 
     def test_an_exception_ends_those_apart(self, run, monkeypatch, tmp_path):
@@ -424,6 +424,23 @@ class TestProcesses:
         outcomes = [outcome for _, (outcome,) in isolated.time_apart(jobs, TINY, seed=0)]
         assert [each.status for each in outcomes] == ["ok"] * 3
         assert len(starts) == 3
+
+    def test_one_that_dies_before_its_first_turn_is_not_started_for_ever(self, monkeypatch):
+        script = "import os; input(); print(0, flush=True); os._exit(9)"
+        command, stream, starts = (sys.executable, "-c", script), isolated.stream, []
+
+        def slowly(*args):
+            starts.append(1)
+            assert len(starts) <= 3
+            for answer in stream(*args, command):
+                yield answer
+                time.sleep(1)  # in which it dies
+
+        monkeypatch.setattr(isolated, "stream", slowly)
+        jobs = [(dataclasses.replace(self.CASE, shape=(n,)), ["eager"]) for n in (1, 2, 3)]
+        outcomes = [outcome for _, (outcome,) in isolated.time_apart(jobs, TINY, seed=0)]
+        assert [each.status for each in outcomes] == ["error"] * 3
+        assert all("exit code 9" in each.reason for each in outcomes)
 
     def test_a_process_waits_for_its_turn(self, monkeypatch):
         answers, turns = [], iter([True, True, False])

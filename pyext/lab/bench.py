@@ -349,8 +349,6 @@ class Benchmark:
                     if (found := next(apart[name], None)) is not None:
                         counts[name] += 1
                         self._take_alone(name, *found)
-                    if counts[name] == len(right[name]):
-                        apart[name].close()  # others may need its memory
         for name, count in counts.items():
             if count < len(right[name]):
                 self._note_short_of_time(

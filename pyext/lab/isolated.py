@@ -154,11 +154,12 @@ def _answers(
     todo = list(jobs)
     while todo:
         asked = request(todo) | {"threads": torch.get_num_threads(), "turns": True}
-        started = False
+        started = answered = False
         try:
             for answer in stream(asked, variables, left()):
                 if started:
                     yield todo.pop(0), answer
+                    answered = True
                 started = True  # says the first line
             if todo and left() > 0:
                 raise ProcessDied("ended before it had answered")
@@ -167,7 +168,8 @@ def _answers(
             if not started:
                 yield from ((job, _NeverStarted(str(death))) for job in todo)
                 return
-            if todo and not isinstance(death, _DiedWaiting):
+            # One that dies before it has answered anything might do so for ever.
+            if todo and not (answered and isinstance(death, _DiedWaiting)):
                 yield todo.pop(0), death
 
 
@@ -220,15 +222,16 @@ def stream(
 
     try:
         say(json.dumps(request))
+        was_gone = False  # when it was asked last
         for line in child.stdout:
             if line.endswith("\n"):  # else it died, or was stopped, while writing
                 yield json.loads(line)
             if request.get("turns"):
-                if child.poll() and not out_of_time.is_set():
-                    raise _DiedWaiting(_death(child.returncode, errors))
+                was_gone = child.poll() is not None
                 say("")
         if child.wait() != 0 and not out_of_time.is_set():
-            raise ProcessDied(_death(child.returncode, errors))
+            kind = _DiedWaiting if was_gone else ProcessDied
+            raise kind(_death(child.returncode, errors))
     finally:
         if timer:
             timer.cancel()
