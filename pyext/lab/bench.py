@@ -337,15 +337,13 @@ class Benchmark:
         counts = dict.fromkeys(right, 0)
         for index, group in enumerate(groups):
             share = len(group) / sum(map(len, groups[index:]))
+            apart = {name: self._time_apart(name, right[name], share) for name in group}
             with contextlib.ExitStack() as processes:
-                apart = {}
+                for each in apart.values():
+                    processes.callback(each.close)
                 for name, case in _turns(group, right):
                     done = sum(counts.values()) / sum(map(len, right.values()))
                     progress(f"{name}: {case.label}", done)
-                    if name not in apart:
-                        limit = self._limit_apart(share)
-                        apart[name] = self._time_apart(name, right[name], limit)
-                        processes.callback(apart[name].close)
                     if (found := next(apart[name], None)) is not None:
                         counts[name] += 1
                         self._take_alone(name, *found)
@@ -371,17 +369,15 @@ class Benchmark:
         own = [name for name in soloists if name not in PEERS]
         return [group for group in (own, peers) if group]
 
-    def _limit_apart(self, share: float) -> float | None:
-        """Seconds for processes that get ``share`` of the time that is left."""
-        if self.settings.limit_s is None:
-            return None
-        return share * max(self._time_left() - self._after_ops_s(), 0.0)
-
     def _time_apart(
-        self, name: str, cases: Sequence[Case], limit_s: float | None
+        self, name: str, cases: Sequence[Case], share: float
     ) -> Iterator[tuple[Case, list[Outcome]]]:
-        if limit_s is not None and limit_s < 5.0:  # starting Python and PyTorch takes most of that
-            return
+        """In ``share`` of the time that is left when the first case is asked for."""
+        limit_s = None
+        if self.settings.limit_s is not None:
+            limit_s = share * max(self._time_left() - self._after_ops_s(), 0.0)
+            if limit_s < 5.0:  # starting Python and PyTorch takes most of that
+                return
         # A backend beside eager, which it is compared with: a quiet moment is then both's.
         names = [name] if name == "eager" or name in PEERS else ["eager", name]
         jobs = [(case, names) for case in cases]
