@@ -182,6 +182,71 @@ def test_two_layer_backward_of_the_weights_alone_is_that_of_all(dtype):
 
 
 @pytest.mark.skipif("extension" not in backends(), reason="the extension was not built")
+@pytest.mark.parametrize("dtype", registry.FLOATING_DTYPES, ids=dtype_id)
+def test_two_layer_backward_weights_is_their_part_of_the_backward(dtype):
+    (raw_op,) = registry.get("two_layer").cpu_raw_ops
+    raw = BACKENDS["extension"].raw
+    for args in raw_op.samples(torch.device("cpu"), dtype):
+        grad_out, *others = args
+        results = raw.two_layer_backward_weights(*args)
+        needs = False, True, True, False, False
+        _, *expected, _, _ = raw.two_layer_backward(grad_out, None, *others, *needs)
+        for real, fake, same in zip(results, raw_op.fake(*args), expected, strict=True):
+            assert (real.shape, real.stride(), real.dtype) == (
+                fake.shape,
+                fake.stride(),
+                fake.dtype,
+            )
+            torch.testing.assert_close(real, same, rtol=0, atol=0, equal_nan=True)
+    args = next(raw_op.samples(torch.device("cpu"), dtype))
+    torch.library.opcheck(raw.two_layer_backward_weights.default, args)
+    other_dtype = torch.float64 if dtype == torch.float32 else torch.float32
+    for i, wrong in ((0, args[0][1:]), (1, args[1][:, 1:]), (4, args[4].to(other_dtype))):
+        with pytest.raises(RuntimeError, match="two_layer_backward_weights"):
+            raw.two_layer_backward_weights(*args[:i], wrong, *args[i + 1 :])
+
+
+@pytest.mark.skipif("extension" not in backends(), reason="the extension was not built")
+@pytest.mark.parametrize(
+    ("need_grad", "biases", "backward"),
+    [
+        (("w1", "w2"), (), "two_layer_backward_weights"),
+        (("x", "w1", "w2"), (), "two_layer_backward"),
+        (("w2",), (), "two_layer_backward"),
+        (("w1", "w2"), ("b2",), "two_layer_backward"),
+        (("w1", "w2", "b1"), ("b1",), "two_layer_backward"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "_".join(value) or "none",
+)
+def test_two_layer_asks_for_what_is_needed(need_grad, biases, backward):
+    """Neither an op that computes more than the gradients that are needed, nor one in vain."""
+    shapes = {"x": (5, 4), "w1": (4, 3), "w2": (3, 2), "b1": (3,), "b2": (2,)}
+    given = {
+        name: torch.randn(shape, requires_grad=name in need_grad)
+        for name, shape in shapes.items()
+        if name[0] != "b" or name in biases
+    }
+
+    def raw_ops_of(compute) -> list[str]:
+        with Recorder("pyext") as recorder:
+            compute()
+        return [raw_op.__name__ for raw_op, _ in recorder.calls]
+
+    def out():
+        return functional.two_layer(**given, backend="extension")
+
+    needed = [given[name] for name in need_grad]
+    assert raw_ops_of(lambda: out().sum().backward()) == ["two_layer_forward", backward]
+    assert all(each.grad is not None for each in needed)
+    # What is to be differentiated again needs a hidden with a graph.
+    first = raw_ops_of(lambda: torch.autograd.grad(out().sum(), needed, create_graph=True))
+    again = [] if biases else ["two_layer_forward"]
+    assert first == ["two_layer_forward", *again, "two_layer_backward"]
+    with torch.no_grad():
+        assert raw_ops_of(out) == ["two_layer_forward"]
+
+
+@pytest.mark.skipif("extension" not in backends(), reason="the extension was not built")
 @pytest.mark.parametrize(
     ("of_target", "options", "one_pass"),
     [

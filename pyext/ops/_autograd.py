@@ -2,8 +2,8 @@
 
 One shell does not fit all callers: ``torch.func`` needs ``setup_context``, whose signature binding
 costs 28 of 65 µs of a small ReLU forward and backward; ``torch.compile(fullgraph=True)`` refuses a
-custom ``jvp``. So each set of formulas gets three, over the same raw ops, and a call picks one. One
-that has a ``gradient_op`` gets a fourth, which its caller picks.
+custom ``jvp``. So each set of formulas gets three, over the same raw ops, and a call picks one. Those
+that are ``EverydayFormulas`` get a fourth, which their caller picks.
 """
 
 from __future__ import annotations
@@ -50,22 +50,25 @@ class Formulas(Protocol):
         """One tangent per output; a tangent is None where an input has none."""
 
 
-class GradientInForward(Formulas, Protocol):
-    """Formulas of one output whose gradient another raw op computes along with it, which saves a
-    pass over memory.
-
-    ``Differentiable.at_once_with_gradient`` uses it: the first backward takes the gradient that is
-    there. A second one (after ``retain_graph``) and one that is differentiated itself go by
-    ``backward``.
+class EverydayFormulas(Formulas, Protocol):
+    """Formulas that have a shorter way for a common kind of call, of one output, whose derivative
+    nothing differentiates, transforms or traces. ``Differentiable.everyday`` hands it out.
     """
 
-    gradient_op: str
-    """The name of that raw op: the output, and the gradient for an upstream gradient of 1."""
+    everyday_op: str
+    """The name of the raw op without which a backend has no such way."""
 
     @staticmethod
-    def scaled(gradient: Tensor, grad: Tensor) -> tuple:
-        """One gradient (or None) per input, made of ``gradient``, which nobody else holds, and the
-        upstream gradient."""
+    def everyday_forward(ctx, raw, *inputs) -> Tensor:
+        """The output; ``ctx.to_save`` and ``ctx.constants`` are for the backward."""
+
+    @staticmethod
+    def everyday_backward(ctx, raw, grad: Tensor) -> tuple | None:
+        """One gradient (or None) per input; None where it must go by ``everyday_formulas``."""
+
+    @staticmethod
+    def everyday_formulas(raw, tensors: tuple, constants: tuple, needs: tuple, grad) -> tuple:
+        """As ``backward``, of what ``everyday_forward`` saved."""
 
 
 class _Direct:
@@ -100,8 +103,8 @@ class Differentiable:
         # and without.
         self._recorded: dict[Any, Callable] = {}
         self._computed: dict[Any, Callable] = {}
-        # By namespace, where it has the formulas' gradient_op.
-        self._recorded_with_gradient: dict[Any, Callable] = {}
+        # By namespace, where it has the formulas' everyday_op.
+        self._everyday: dict[Any, Callable] = {}
         self._all.append(self)
 
     def __call__(self, raw, *inputs):
@@ -126,20 +129,18 @@ class Differentiable:
                     return self._recorded[raw](*inputs)
         return self._computed[raw](*inputs)
 
-    def at_once_with_gradient(self, raw, *inputs):
-        """``at_once``, the gradient in the forward pass where the backend has that.
-
-        From callers that know: just the inputs for which ``scaled`` returns a gradient need one.
+    def everyday(self, raw) -> Callable | None:
+        """What makes an everyday call and records its derivative, from callers that know that an
+        input needs one and that ``torch.compile`` does not trace. None where the backend has no
+        such way, or where nothing is recorded, or more than a first derivative in reverse mode.
         """
-        record = self._recorded_with_gradient.get(raw)
         if (
-            record is None
-            or not is_grad_enabled()
+            not is_grad_enabled()
             or _are_functorch_transforms_active()
             or forward_ad._current_level >= 0
         ):
-            return self.at_once(raw, *inputs)
-        return record(*inputs)
+            return None
+        return self._everyday.get(raw)
 
     @classmethod
     def make_shells(cls, raw, names: Iterable[str]) -> None:
@@ -154,8 +155,8 @@ class Differentiable:
             computed = _without_autograd(each._formulas, direct)
             shells = each._shells[raw.name] = _make_shells(each._formulas, direct, computed)
             each._recorded[raw] = shells.plain.apply
-            if shells.with_gradient is not None:
-                each._recorded_with_gradient[raw] = shells.with_gradient.apply
+            if shells.everyday is not None:
+                each._everyday[raw] = shells.everyday.apply
             each._computed[raw] = each._computed[direct] = computed
 
 
@@ -186,8 +187,6 @@ def differentiable(formulas: type[Formulas]) -> Differentiable:
 def _make_shells(formulas: type[Formulas], direct: _Direct, computed: Callable) -> SimpleNamespace:
     # What torch.compile traces holds the name: it knows no way to trace a namespace held itself.
     namespace, save = direct.name, formulas.save
-    gradient_op = getattr(direct, getattr(formulas, "gradient_op", ""), None)
-    scaled = getattr(formulas, "scaled", None)
 
     def forward_with_ctx(ctx, *inputs):
         outputs = computed(*inputs)
@@ -199,12 +198,6 @@ def _make_shells(formulas: type[Formulas], direct: _Direct, computed: Callable) 
         if constants:
             ctx.constants = constants
         return outputs
-
-    def forward_with_gradient(ctx, *inputs):
-        output, ctx.gradient = gradient_op(*inputs)
-        ctx.to_save, ctx.constants = save(inputs, (output,))
-        ctx.materialize_grads = False
-        return output
 
     def keep(ctx, inputs, outputs) -> tuple:
         tensors, constants = save(inputs, outputs if isinstance(outputs, tuple) else (outputs,))
@@ -223,42 +216,29 @@ def _make_shells(formulas: type[Formulas], direct: _Direct, computed: Callable) 
     def setup_context_for_jvp(ctx, inputs, output):
         ctx.save_for_forward(*keep(ctx, inputs, output))
 
-    def backward(ctx, *grads):
-        if grads[0] is None and all(grad is None for grad in grads):
-            return tuple(None for _ in ctx.needs_input_grad)
-        return formulas.backward(
-            # Not `direct`: torch.compile traces this, and knows no way to trace what it would hold.
-            # PyTorch's, where a derivative may be wanted of this or it is traced; to ask that in a
-            # call is 1 to 3 of 200 µs of two_layer at 64 x 1000 x 100 x 10.
-            getattr(torch.ops, namespace)
-            if is_grad_enabled()
-            or is_dynamo_compiling()
-            or _are_functorch_transforms_active()
-            or forward_ad._current_level >= 0
-            else _direct[namespace],
-            ctx.saved_tensors,
-            getattr(ctx, "constants", ()),
-            ctx.needs_input_grad,
-            *grads,
-        )
+    def backward_by(derivative: Callable) -> Callable:
+        def backward(ctx, *grads):
+            if grads[0] is None and all(grad is None for grad in grads):
+                return tuple(None for _ in ctx.needs_input_grad)
+            return derivative(
+                # Not `direct`: torch.compile traces this, and knows no way to trace what it would
+                # hold. PyTorch's, where a derivative may be wanted of this or it is traced; to ask
+                # that in a call is 1 to 3 of 200 µs of two_layer at 64 x 1000 x 100 x 10.
+                getattr(torch.ops, namespace)
+                if is_grad_enabled()
+                or is_dynamo_compiling()
+                or _are_functorch_transforms_active()
+                or forward_ad._current_level >= 0
+                else _direct[namespace],
+                ctx.saved_tensors,
+                getattr(ctx, "constants", ()),
+                ctx.needs_input_grad,
+                *grads,
+            )
 
-    def backward_by_gradient(ctx, grad):
-        gradient = vars(ctx).pop("gradient", None)  # at once: two threads may not both take it
-        if (
-            gradient is None
-            or grad is None
-            # As in `backward`: the calls that are spared here are 1 of mse_loss's 40 µs at 4096
-            # elements.
-            or is_grad_enabled()
-            or is_dynamo_compiling()
-            or _are_functorch_transforms_active()
-            or forward_ad._current_level >= 0
-            # What is_grads_batched makes, which gradcheck uses: no functorch transform.
-            or _is_legacy_batchedtensor(grad)
-        ):
-            return backward(ctx, grad)
-        ctx.saved_tensors  # noqa: B018 -- raises where the graph was freed or an input was changed
-        return scaled(gradient, grad)
+        return backward
+
+    backward = backward_by(formulas.backward)
 
     def jvp(ctx, *tangents):
         constants = getattr(ctx, "constants", ())
@@ -277,10 +257,10 @@ def _make_shells(formulas: type[Formulas], direct: _Direct, computed: Callable) 
     )
     functional.generate_vmap_rule = True
     plain = shell("", forward=forward_with_ctx, backward=backward)
-    with_gradient = None
-    if gradient_op is not None:
-        with_gradient = shell("", forward=forward_with_gradient, backward=backward_by_gradient)
-    for each in filter(None, (plain, with_gradient)):
+    everyday = None
+    if hasattr(direct, getattr(formulas, "everyday_op", "")):
+        everyday = _make_everyday(formulas, direct, backward_by(formulas.everyday_formulas), shell)
+    for each in filter(None, (plain, everyday)):
         if hasattr(each, "_backward_cls"):
             # What autograd's engine calls. The class's own looks up at each call whether to call
             # ``backward`` or ``vjp``: 3 of 202 µs of two_layer at 64 x 1000 x 100 x 10, as cold as
@@ -291,10 +271,38 @@ def _make_shells(formulas: type[Formulas], direct: _Direct, computed: Callable) 
             each._backward_cls.constants = ()
     return SimpleNamespace(
         plain=plain,
-        with_gradient=with_gradient,
+        everyday=everyday,
         functional=functional,
         compiled=shell("Compiled", forward=forward, setup_context=setup_context, backward=backward),
     )
+
+
+def _make_everyday(
+    formulas: type[EverydayFormulas], direct: _Direct, by_formulas: Callable, shell: Callable
+) -> type[Function]:
+    namespace = direct.name
+    forward_of, backward_of = formulas.everyday_forward, formulas.everyday_backward
+
+    def forward(ctx, *inputs):
+        ctx.materialize_grads = False
+        return forward_of(ctx, direct, *inputs)
+
+    def backward(ctx, grad):
+        # As by formulas: the calls that are spared here are 1 of mse_loss's 40 µs at 4096 elements.
+        grads = None
+        if not (
+            grad is None
+            or is_grad_enabled()
+            or is_dynamo_compiling()
+            or _are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+            # What is_grads_batched makes, which gradcheck uses: no functorch transform.
+            or _is_legacy_batchedtensor(grad)
+        ):
+            grads = backward_of(ctx, _direct[namespace], grad)
+        return by_formulas(ctx, grad) if grads is None else grads
+
+    return shell("", forward=forward, backward=backward)
 
 
 def add(*terms: Tensor | None) -> Tensor | None:

@@ -228,6 +228,21 @@ class two_layer_backward:
         )
 
 
+def gradients(raw, grad_out, grad_hidden, x, w1, w2, hidden, needs: tuple) -> tuple:
+    """Those of x, w1, w2, b1 and b2; None for each that is not needed."""
+    grad_x, grad_w1, grad_w2, grad_b1, grad_b2 = two_layer_backward(
+        raw, grad_out, grad_hidden, x, w1, w2, hidden, *needs
+    )
+    need_x, need_w1, need_w2, need_b1, need_b2 = needs
+    return (
+        grad_x if need_x else None,
+        grad_w1 if need_w1 else None,
+        grad_w2 if need_w2 else None,
+        grad_b1 if need_b1 else None,
+        grad_b2 if need_b2 else None,
+    )
+
+
 def fake_two_layer_forward(x, w1, w2, b1, b2):
     """(out, hidden) without data; refuses what a kernel would."""
     check("two_layer_forward", x, w1, w2, b1, b2)
@@ -248,6 +263,11 @@ def fake_two_layer_backward(
         (x.new_empty(w2.shape[1:]), need_b2),
     )
     return tuple(grad if needed else x.new_empty(0) for grad, needed in grads)
+
+
+def fake_two_layer_backward_weights(grad_out, x, w1, w2, hidden):
+    """(grad_w1, grad_w2) without data."""
+    return _empty_like_weight(w1), _empty_like_weight(w2)
 
 
 def _empty_like_weight(weight: torch.Tensor) -> torch.Tensor:

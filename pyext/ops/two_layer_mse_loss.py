@@ -99,19 +99,11 @@ class _two_layer_mse_loss:
         grad_out = add(from_loss, grad_error)
         if grad_out is None:
             grad_out = torch.zeros_like(error)
-        need_x, need_y, need_w1, need_w2, need_b1, need_b2, _ = needs
-        grad_x, grad_w1, grad_w2, grad_b1, grad_b2 = _two_layer.two_layer_backward(
-            raw, grad_out, grad_hidden, x, w1, w2, hidden, need_x, *needs[2:6]
+        need_x, need_y, *need_weights_and_biases, _ = needs
+        grad_x, *grads = _two_layer.gradients(
+            raw, grad_out, grad_hidden, x, w1, w2, hidden, (need_x, *need_weights_and_biases)
         )
-        return (
-            grad_x if need_x else None,
-            -grad_out if need_y else None,
-            grad_w1 if need_w1 else None,
-            grad_w2 if need_w2 else None,
-            grad_b1 if need_b1 else None,
-            grad_b2 if need_b2 else None,
-            None,
-        )
+        return grad_x, -grad_out if need_y else None, *grads, None
 
     @staticmethod
     def jvp(raw, tensors, constants, t_x, t_y, t_w1, t_w2, t_b1, t_b2, _):
