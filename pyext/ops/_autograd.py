@@ -2,8 +2,8 @@
 
 One shell does not fit all callers: ``torch.func`` needs ``setup_context``, whose signature binding
 costs 28 of 65 µs of a small ReLU forward and backward; ``torch.compile(fullgraph=True)`` refuses a
-custom ``jvp``. So each set of formulas gets three, over the same raw ops, and a call picks one. Those
-that are ``EverydayFormulas`` get a fourth, which their caller picks.
+custom ``jvp``. So each set of formulas gets three, over the same raw ops, and a call picks one.
+Those that are ``EverydayFormulas`` get a fourth, which their caller picks.
 """
 
 from __future__ import annotations
