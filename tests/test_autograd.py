@@ -273,10 +273,11 @@ def test_loss_with_a_constant_target_keeps_the_contract(reduction, backend, devi
         return torch.nn.functional.mse_loss(x, y, reduction=reduction)
 
     (expected,) = torch.autograd.grad(reference(x), x, v)
-    out = loss(x)
-    for _ in range(3):
-        (grad,) = torch.autograd.grad(out, x, v, retain_graph=True)
-        torch.testing.assert_close(grad, expected)
+    for create_graph in ((False, False, False), (True, False, False), (False, True, False)):
+        out = loss(x)
+        for each in create_graph:
+            (grad,) = torch.autograd.grad(out, x, v, retain_graph=True, create_graph=each)
+            torch.testing.assert_close(grad, expected)
     batch = torch.stack([v, -v])
     (batched,) = torch.autograd.grad(loss(x), x, batch, is_grads_batched=True)
     torch.testing.assert_close(batched, torch.stack([expected, -expected]))
@@ -295,6 +296,46 @@ def test_loss_with_a_constant_target_keeps_the_contract(reduction, backend, devi
     with ThreadPoolExecutor(4) as pool:
         for grad in pool.map(backward, range(4)):
             torch.testing.assert_close(grad, expected)
+
+
+NEEDS = [("x",), ("w1",), ("w2",), ("x", "w1"), ("x", "w2"), ("w1", "w2"), ("x", "w1", "w2")]
+
+
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+@pytest.mark.parametrize("by_columns", [False, True], ids=["by_rows", "by_columns"])
+@pytest.mark.parametrize("need_grad", NEEDS, ids="_".join)
+def test_two_layer_without_biases_to_the_second_derivative(need_grad, by_columns, backend, device):
+    """It hands autograd its output alone, and computes hidden again where that needs a graph."""
+    shapes = {"x": (5, 4), "w1": (4, 3), "w2": (3, 2)}
+    given = {
+        name: torch.randn(shape, dtype=torch.float64, device=device)
+        for name, shape in shapes.items()
+    }
+    if by_columns:
+        given |= {name: given[name].t().contiguous().t() for name in ("w1", "w2")}
+    v = torch.randn(5, 2, dtype=torch.float64, device=device, requires_grad=True)
+    needed = [given[name].requires_grad_() for name in need_grad]
+
+    def derivatives(backend) -> tuple:
+        out = P.two_layer(**given, backend=backend)
+        alone = torch.autograd.grad(out, needed, v, retain_graph=True)
+        first = torch.autograd.grad(out, needed, v, create_graph=True)
+        torch.testing.assert_close(alone, first, rtol=0, atol=0)
+        squares = sum(each.square().sum() for each in first)
+        second = torch.autograd.grad(squares, [*needed, v], materialize_grads=True)
+        return *first, *second
+
+    torch.testing.assert_close(derivatives(backend), derivatives("eager"))
+
+
+@pytest.mark.parametrize(("backend", "device"), CONFIGURATIONS)
+def test_what_needs_a_gradient_only_after_the_forward_gets_none(backend, device):
+    x, w1, w2 = (torch.randn(shape, device=device) for shape in ((5, 4), (4, 3), (3, 2)))
+    out = P.two_layer(x.requires_grad_(), w1, w2.requires_grad_(), backend=backend)
+    w1.requires_grad_()
+    (grad,) = torch.autograd.grad(out.sum(), w2, create_graph=True)
+    of_x, of_w1 = torch.autograd.grad(grad.sum(), (x, w1), allow_unused=True)
+    assert of_x is not None and of_w1 is None
 
 
 SAVED = {

@@ -213,6 +213,7 @@ def test_two_layer_backward_weights_is_their_part_of_the_backward(dtype):
         (("w1", "w2"), (), "two_layer_backward_weights"),
         (("x", "w1", "w2"), (), "two_layer_backward"),
         (("w2",), (), "two_layer_backward"),
+        (("x",), (), "two_layer_backward"),
         (("w1", "w2"), ("b2",), "two_layer_backward"),
         (("w1", "w2", "b1"), ("b1",), "two_layer_backward"),
     ],
@@ -238,9 +239,9 @@ def test_two_layer_asks_for_what_is_needed(need_grad, biases, backward):
     needed = [given[name] for name in need_grad]
     assert raw_ops_of(lambda: out().sum().backward()) == ["two_layer_forward", backward]
     assert all(each.grad is not None for each in needed)
-    # What is to be differentiated again needs a hidden with a graph.
+    # The gradient of w2 is a function of hidden, which then needs a graph.
     first = raw_ops_of(lambda: torch.autograd.grad(out().sum(), needed, create_graph=True))
-    again = [] if biases else ["two_layer_forward"]
+    again = [] if biases or len(need_grad) == 1 else ["two_layer_forward"]
     assert first == ["two_layer_forward", *again, "two_layer_backward"]
     with torch.no_grad():
         assert raw_ops_of(out) == ["two_layer_forward"]

@@ -83,7 +83,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if function.namespace == self._namespace:
-            # The packet, whose Python is some 0.5 µs of ``dispatcher`` that everyday calls spare.
+            # The packet, whose Python is some 0.5 µs of ``dispatcher`` that an op's calls spare.
             packet = getattr(getattr(torch.ops, self._namespace), function._opname)
             self.calls.append((packet, args))
             outputs = result if isinstance(result, tuple | list) else (result,)

@@ -51,8 +51,11 @@ class Formulas(Protocol):
 
 
 class EverydayFormulas(Formulas, Protocol):
-    """Formulas that have a shorter way for a common kind of call, of one output, whose derivative
-    nothing differentiates, transforms or traces. ``Differentiable.everyday`` hands it out.
+    """Formulas that have a shorter way for a common kind of call, of one output.
+    ``Differentiable.everyday`` hands it out.
+
+    ``everyday_backward`` is called with a gradient, where grad mode is off and neither torch.func
+    nor forward AD nor torch.compile is at work; else ``everyday_formulas``.
     """
 
     everyday_op: str
@@ -68,7 +71,7 @@ class EverydayFormulas(Formulas, Protocol):
 
     @staticmethod
     def everyday_formulas(raw, tensors: tuple, constants: tuple, needs: tuple, grad) -> tuple:
-        """As ``backward``, of what ``everyday_forward`` saved."""
+        """As ``backward``, of what ``everyday_forward`` saved, and of a gradient that is there."""
 
 
 class _Direct:
@@ -99,8 +102,8 @@ class Differentiable:
     def __init__(self, formulas: type[Formulas]):
         self._formulas = formulas
         self._shells: dict[str, SimpleNamespace] = {}
-        # By namespace (the one below also by _Direct): what an everyday call calls, with autograd
-        # and without.
+        # By namespace (the one below also by _Direct): what a plain call calls, with autograd and
+        # without.
         self._recorded: dict[Any, Callable] = {}
         self._computed: dict[Any, Callable] = {}
         # By namespace, where it has the formulas' everyday_op.
@@ -132,7 +135,7 @@ class Differentiable:
     def everyday(self, raw) -> Callable | None:
         """What makes an everyday call and records its derivative, from callers that know that an
         input needs one and that ``torch.compile`` does not trace. None where the backend has no
-        such way, or where nothing is recorded, or more than a first derivative in reverse mode.
+        such way, where nothing is recorded, and under torch.func or forward AD.
         """
         if (
             not is_grad_enabled()
@@ -288,7 +291,7 @@ def _make_everyday(
         return forward_of(ctx, direct, *inputs)
 
     def backward(ctx, grad):
-        # As by formulas: the calls that are spared here are 1 of mse_loss's 40 µs at 4096 elements.
+        # What backward_by asks, without a call: 1 of mse_loss's 40 µs at 4096 elements.
         grads = None
         if not (
             grad is None

@@ -159,7 +159,7 @@ class _mse_loss:
 
     @staticmethod
     def everyday_backward(ctx, raw, grad):
-        """The gradient that is there; a second backward (after ``retain_graph``) finds none."""
+        """The gradient that is there; a second one of these (after ``retain_graph``) finds none."""
         gradient = vars(ctx).pop("gradient", None)  # at once: two threads may not both take it
         if gradient is None:
             return None

@@ -100,6 +100,7 @@ class _two_layer_forward:
     def everyday_backward(ctx, raw, grad_out):
         x, w1, w2, hidden = ctx.saved_tensors
         need_x, need_w1, need_w2 = ctx.needs_input_grad
+        # The extension has that raw op for CPU tensors alone, and the others have none.
         if need_w1 and need_w2 and not need_x and x.is_cpu and hasattr(raw, _OF_WEIGHTS):
             return None, *raw.two_layer_backward_weights(grad_out, x, w1, w2, hidden)
         needs = need_x, need_w1, need_w2, False, False
@@ -108,9 +109,13 @@ class _two_layer_forward:
     @staticmethod
     def everyday_formulas(raw, tensors, constants, needs, grad_out):
         x, w1, w2, hidden = tensors
-        if torch.is_grad_enabled():  # the hidden that was saved has no graph
-            _, hidden = _two_layer_forward(raw, x, w1, w2, None, None)
-        needs = *needs, False, False
+        need_x, need_w1, need_w2 = needs
+        if need_w2 and (need_x or need_w1) and torch.is_grad_enabled():
+            # The gradient of w2 is a function of hidden, and the saved one has no graph.
+            # It gets one to what needed a gradient in the forward pass.
+            x_then, w1_then = x if need_x else x.detach(), w1 if need_w1 else w1.detach()
+            _, hidden = _two_layer_forward(raw, x_then, w1_then, w2.detach(), None, None)
+        needs = need_x, need_w1, need_w2, False, False
         return _two_layer.gradients(raw, grad_out, None, x, w1, w2, hidden, needs)[:3]
 
     @staticmethod
