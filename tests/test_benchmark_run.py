@@ -405,28 +405,8 @@ class TestProcesses:
         )
         assert (child.returncode, child.stdout) == (0, '"started"\n')
 
-    def test_a_death_between_two_turns_is_charged_to_nobody(self, monkeypatch):
-        script = (
-            "import json, os, sys; request = json.loads(input()); print(0, flush=True)\n"
-            "input(); print(json.dumps([{'name': 'eager', 'kind': 'backend', 'times': {}}]))\n"
-            "sys.stdout.flush(); os._exit(9)"
-        )
-        command, stream, starts = (sys.executable, "-c", script), isolated.stream, []
-
-        def slowly(*args):
-            starts.append(1)
-            for answer in stream(*args, command):
-                yield answer
-                time.sleep(1)  # in which it dies
-
-        monkeypatch.setattr(isolated, "stream", slowly)
-        jobs = [(dataclasses.replace(self.CASE, shape=(n,)), ["eager"]) for n in (1, 2, 3)]
-        outcomes = [outcome for _, (outcome,) in isolated.time_apart(jobs, TINY, seed=0)]
-        assert [each.status for each in outcomes] == ["ok"] * 3
-        assert len(starts) == 3
-
-    def test_one_that_dies_before_its_first_turn_is_not_started_for_ever(self, monkeypatch):
-        script = "import os; input(); print(0, flush=True); os._exit(9)"
+    def outcomes_of_one_that_dies(self, script, monkeypatch) -> tuple[list, int]:
+        """Of three cases timed apart, in processes that run ``script``; and how many those were."""
         command, stream, starts = (sys.executable, "-c", script), isolated.stream, []
 
         def slowly(*args):
@@ -439,6 +419,21 @@ class TestProcesses:
         monkeypatch.setattr(isolated, "stream", slowly)
         jobs = [(dataclasses.replace(self.CASE, shape=(n,)), ["eager"]) for n in (1, 2, 3)]
         outcomes = [outcome for _, (outcome,) in isolated.time_apart(jobs, TINY, seed=0)]
+        return outcomes, len(starts)
+
+    def test_a_death_between_two_turns_is_charged_to_nobody(self, monkeypatch):
+        script = (
+            "import json, os, sys; request = json.loads(input()); print(0, flush=True)\n"
+            "input(); print(json.dumps([{'name': 'eager', 'kind': 'backend', 'times': {}}]))\n"
+            "sys.stdout.flush(); os._exit(9)"
+        )
+        outcomes, starts = self.outcomes_of_one_that_dies(script, monkeypatch)
+        assert [each.status for each in outcomes] == ["ok"] * 3
+        assert starts == 3
+
+    def test_one_that_dies_before_its_first_turn_is_not_started_for_ever(self, monkeypatch):
+        script = "import os; input(); print(0, flush=True); os._exit(9)"
+        outcomes, _ = self.outcomes_of_one_that_dies(script, monkeypatch)
         assert [each.status for each in outcomes] == ["error"] * 3
         assert all("exit code 9" in each.reason for each in outcomes)
 

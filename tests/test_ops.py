@@ -138,7 +138,18 @@ def test_fake_has_the_strides_of_the_real_result(op, raw_op, backend, device):
         real = overload(*args)
         fake = raw_op.fake(*args)
         for r, f in zip(_as_tuple(real), _as_tuple(fake), strict=True):
-            assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype)
+            assert _layout(r) == _layout(f)
+
+
+def _layout(tensor) -> tuple:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _raw_ops_of(compute) -> list[str]:
+    """The names of the extension's raw ops that a call runs, in order."""
+    with Recorder("pyext") as recorder:
+        compute()
+    return [raw_op.__name__ for raw_op, _ in recorder.calls]
 
 
 def _as_tuple(value):
@@ -155,11 +166,7 @@ def test_mse_loss_forward_backward_is_forward_and_backward(dtype):
         results = raw.mse_loss_forward_backward(*args)
         separate = raw.mse_loss_forward(*args), raw.mse_loss_backward(one, *args)
         for real, fake, same in zip(results, raw_op.fake(*args), separate, strict=True):
-            assert (real.shape, real.stride(), real.dtype) == (
-                fake.shape,
-                fake.stride(),
-                fake.dtype,
-            )
+            assert _layout(real) == _layout(fake)
             assert torch.equal(real.nan_to_num(), same.nan_to_num())
     args = next(raw_op.samples(torch.device("cpu"), dtype))
     torch.library.opcheck(raw.mse_loss_forward_backward.default, args)
@@ -192,11 +199,7 @@ def test_two_layer_backward_weights_is_their_part_of_the_backward(dtype):
         needs = False, True, True, False, False
         _, *expected, _, _ = raw.two_layer_backward(grad_out, None, *others, *needs)
         for real, fake, same in zip(results, raw_op.fake(*args), expected, strict=True):
-            assert (real.shape, real.stride(), real.dtype) == (
-                fake.shape,
-                fake.stride(),
-                fake.dtype,
-            )
+            assert _layout(real) == _layout(fake)
             torch.testing.assert_close(real, same, rtol=0, atol=0, equal_nan=True)
     args = next(raw_op.samples(torch.device("cpu"), dtype))
     torch.library.opcheck(raw.two_layer_backward_weights.default, args)
@@ -228,23 +231,18 @@ def test_two_layer_asks_for_what_is_needed(need_grad, biases, backward):
         if name[0] != "b" or name in biases
     }
 
-    def raw_ops_of(compute) -> list[str]:
-        with Recorder("pyext") as recorder:
-            compute()
-        return [raw_op.__name__ for raw_op, _ in recorder.calls]
-
     def out():
         return functional.two_layer(**given, backend="extension")
 
     needed = [given[name] for name in need_grad]
-    assert raw_ops_of(lambda: out().sum().backward()) == ["two_layer_forward", backward]
+    assert _raw_ops_of(lambda: out().sum().backward()) == ["two_layer_forward", backward]
     assert all(each.grad is not None for each in needed)
     # The gradient of w2 is a function of hidden, which then needs a graph.
-    first = raw_ops_of(lambda: torch.autograd.grad(out().sum(), needed, create_graph=True))
+    first = _raw_ops_of(lambda: torch.autograd.grad(out().sum(), needed, create_graph=True))
     again = [] if biases or len(need_grad) == 1 else ["two_layer_forward"]
     assert first == ["two_layer_forward", *again, "two_layer_backward"]
     with torch.no_grad():
-        assert raw_ops_of(out) == ["two_layer_forward"]
+        assert _raw_ops_of(out) == ["two_layer_forward"]
 
 
 @pytest.mark.skipif("extension" not in backends(), reason="the extension was not built")
@@ -262,21 +260,16 @@ def test_mse_loss_computes_its_gradient_in_the_forward_pass(of_target, options, 
     """Where it saves a pass over memory; and nowhere where no backward can follow."""
     input, target = torch.ones(8, requires_grad=True), torch.zeros(8, **of_target)
 
-    def raw_ops_of(compute) -> list[str]:
-        with Recorder("pyext") as recorder:
-            compute()
-        return [raw_op.__name__ for raw_op, _ in recorder.calls]
-
     def loss(*tensors):
         return functional.mse_loss(*tensors, **options, backend="extension")
 
     two_passes = ["mse_loss_forward", "mse_loss_backward"]
     expected = ["mse_loss_forward_backward"] if one_pass else two_passes
-    assert raw_ops_of(lambda: loss(input, target).sum().backward()) == expected
+    assert _raw_ops_of(lambda: loss(input, target).sum().backward()) == expected
     for no_backward in (torch.no_grad(), torch.inference_mode()):
         with no_backward:
-            assert raw_ops_of(lambda: loss(input, target)) == ["mse_loss_forward"]
-    assert raw_ops_of(lambda: loss(input.detach(), target.detach())) == ["mse_loss_forward"]
+            assert _raw_ops_of(lambda: loss(input, target)) == ["mse_loss_forward"]
+    assert _raw_ops_of(lambda: loss(input.detach(), target.detach())) == ["mse_loss_forward"]
 
 
 @pytest.mark.skipif("extension" not in backends(), reason="the extension was not built")
