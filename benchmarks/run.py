@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-import re
 import shlex
 import signal
 import sys
@@ -156,11 +155,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
-    add("--suite", type=_names, metavar="NAMES", help=f"ops, and {MNIST} (default: all)")
-    add("--backend", type=_names, metavar="NAMES", help="default: all; eager is always timed")
-    add("--peer", type=_names, metavar="NAMES", help=f"of {', '.join(PEERS)}; or none")
-    add("--dtype", type=_names, metavar="NAMES", help=f"of {', '.join(DTYPES)}")
-    add("--shape", type=_names, metavar="SHAPES", help="such as 4096 or 64x1000x100x10")
+    add("--suite", type=_arguments.names, metavar="NAMES", help=f"ops, and {MNIST} (default: all)")
+    add(
+        "--backend",
+        type=_arguments.names,
+        metavar="NAMES",
+        help="default: all; eager is always timed",
+    )
+    add("--peer", type=_arguments.names, metavar="NAMES", help=f"of {', '.join(PEERS)}; or none")
+    add("--dtype", type=_arguments.names, metavar="NAMES", help=f"of {', '.join(DTYPES)}")
+    add("--shape", type=_arguments.names, metavar="SHAPES", help="such as 4096 or 64x1000x100x10")
     add("--profile", choices=tuple(PROFILES), default="quick", help="default: quick")
     add(
         "--minutes",
@@ -184,10 +188,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--list", action="store_true", help="print what there is to run, and stop")
     return parser
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _effort(profile: Profile, minutes: float | None) -> Effort:
@@ -225,87 +225,30 @@ def _settings(
     alone: bool,
 ) -> Settings:
     profile = PROFILES[options.profile]
-    suites = _chosen(parser, "--suite", options.suite, (*registry.ops(), MNIST))
+    suites = _arguments.chosen(parser, "--suite", options.suite, (*registry.ops(), MNIST))
+    ops = [registry.get(name) for name in suites if name != MNIST]
     peers = profile.peers
     if options.peer == ["none"]:
         peers = ()
     elif options.peer is not None and "none" in options.peer:
         parser.error("--peer none stands alone")
     elif options.peer is not None:
-        peers = _chosen(parser, "--peer", options.peer, PEERS, also="none")
+        peers = _arguments.chosen(parser, "--peer", options.peer, PEERS, also="none")
     return Settings(
         device=device,
         suites=suites,
-        backends=_chosen(parser, "--backend", options.backend, default_backends()),
+        backends=_arguments.chosen(parser, "--backend", options.backend, default_backends()),
         peers=peers,
-        dtypes=_chosen(
+        dtypes=_arguments.chosen(
             parser, "--dtype", options.dtype, DTYPES, default=profile.dtypes[device.type]
         ),
-        shapes=_shapes(parser, options, suites, device),
+        shapes=_arguments.shapes(parser, options.shape, ops, device, options.profile),
         profile=options.profile,
         seed=options.seed,
         effort=effort or _effort(profile, options.minutes),
         alone=(effort or _alone(profile, options.minutes)) if alone else None,
         limit_s=profile.limit_s if options.minutes is None else 60 * options.minutes,
     )
-
-
-def _chosen(
-    parser: argparse.ArgumentParser,
-    option: str,
-    given: list[str] | None,
-    accepted: Sequence[str],
-    *,
-    default: Sequence[str] | None = None,
-    also: str = "",
-) -> tuple[str, ...]:
-    """The names given, in the order of ``accepted``; ends with a sentence if one is unknown."""
-    if given is None:
-        return tuple(accepted if default is None else default)
-    unknown = [name for name in given if name not in accepted]
-    if unknown or not given:
-        what = ", ".join(map(repr, unknown)) or "an empty list"
-        known = ", ".join((*accepted, also) if also else accepted)
-        parser.error(f"{option} does not know {what}; it accepts {known}")
-    return tuple(name for name in accepted if name in given)
-
-
-def _shapes(
-    parser: argparse.ArgumentParser,
-    options: argparse.Namespace,
-    suites: Sequence[str],
-    device: torch.device,
-) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Op -> its shapes: those given that have its number of extents, else the profile's."""
-    ops = [registry.get(name) for name in suites if name != MNIST]
-    if options.shape is None:
-        return {op.name: op.benchmark_shapes[device.type][options.profile] for op in ops}
-    given = [_parse_shape(parser, text) for text in options.shape]
-    lengths = {len(op.shape_names) for op in ops}
-    for shape in given:
-        if len(shape) not in lengths:
-            forms = "; ".join(f"{op.name} takes {'x'.join(op.shape_names)}" for op in ops)
-            text = "x".join(map(str, shape))
-            parser.error(
-                f"--shape {text} fits none of the chosen suites: {forms or 'none takes a shape'}"
-            )
-    shapes = {
-        op.name: tuple(shape for shape in given if len(shape) == len(op.shape_names)) for op in ops
-    }
-    # An op that no given shape fits keeps its own, so that its rows are not silently missing.
-    return {
-        name: each or registry.get(name).benchmark_shapes[device.type][options.profile]
-        for name, each in shapes.items()
-    }
-
-
-def _parse_shape(parser: argparse.ArgumentParser, text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
-        parser.error(
-            f"--shape does not understand {text!r}; it accepts positive numbers joined by x, such "
-            "as 4096 (elements) or 64x1000x100x10 (batch, in, hidden, out)"
-        )
-    return tuple(map(int, text.split("x")))
 
 
 def _default_name(device: torch.device) -> str:

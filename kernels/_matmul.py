@@ -12,65 +12,19 @@ The epilogue, in this order, each step only where its operand is given:
 """
 
 import math
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
+from . import _tuned
 from ._elementwise import float_from_bits, rounded, widen
 from ._limits import Limits, limits, registers_for
 from ._reduction import accumulator, finish
 from ._registration import INTERPRETED, float_bits, loop_bound, wrap_triton
+from ._tiling import Product
 
 GROUP = tl.constexpr(8)
 _INTERPRETED = tl.constexpr(INTERPRETED)
-
-# What a GPU needs to be busy: about one program for each of its 108 (sm_80) to 148 (sm_100)
-# multiprocessors. A constant, so that a result does not depend on the device's size.
-PROGRAMS_WANTED = 128
-SHORTEST_PART = 256  # of K
-
-
-class Tiling(NamedTuple):
-    block_m: int
-    block_n: int
-    block_k: int
-    splits: int  # parts of K, added up by a second kernel
-    warps: int
-    stages: int  # of the software pipeline over K
-
-
-def choose_tiling(m, n, k, itemsize):
-    """Tile sizes for a product, by its shape alone.
-
-    Large tiles reuse operands most: an output element costs block_m + block_n loads per block_m *
-    block_n products. They are cut to the matrix, then halved, the longer side first, while there
-    are too few of them to occupy the GPU. If tiles of 32 x 32 are still few and K is long (a weight
-    gradient over a large batch), K is split, in parts long enough to pay for the second kernel.
-    No tensor core multiplies float32 exactly, so its operands pass through registers, which bounds
-    block_k while the tile is large. None of these spills registers on sm_80, sm_90 or sm_100.
-    """
-    if INTERPRETED:  # programs run one after the other in NumPy: as few as possible
-        sides = (min(max(16, triton.next_power_of_2(size)), 256) for size in (m, n, k))
-        return Tiling(*sides, splits=1, warps=1, stages=1)
-    block_m, block_n, block_k = {2: (128, 128, 64), 4: (128, 128, 16), 8: (64, 64, 16)}[itemsize]
-    block_m = min(block_m, max(16, triton.next_power_of_2(m)))
-    block_n = min(block_n, max(16, triton.next_power_of_2(n)))
-
-    def tiles():
-        return triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
-
-    while tiles() < PROGRAMS_WANTED and max(block_m, block_n) > 32:
-        if block_m >= block_n:
-            block_m //= 2
-        else:
-            block_n //= 2
-    small = block_m * block_n <= 64 * 64
-    if small:
-        block_k = max(block_k, 32)
-    block_k = min(block_k, max(16, triton.next_power_of_2(k)))
-    splits = min(PROGRAMS_WANTED // tiles(), k // SHORTEST_PART, 32)
-    return Tiling(block_m, block_n, block_k, max(splits, 1), warps=4 if small else 8, stages=3)
 
 
 @triton.jit
@@ -149,7 +103,7 @@ def _matmul_limits(specialised):
     program): choose_tiling gives the large tiles all registers. Loads of aligned operands are as
     wide as VECTOR says, as far as the larger tile has so many elements for each thread (16 x 16
     float32 on 128 threads: 2); stores follow the layout of the sums in registers, so that a single
-    element is all that is promised.
+    element is all that is promised. (A tuned tiling is held to none of it: it was measured.)
 
     spill_bytes: two registers that are set aside before the loop over K cost nothing. Of the tile
     of 128 x 128 float32, which fills 128 registers a thread, Triton 3.8 for sm_100 sets aside a
@@ -432,11 +386,30 @@ def matmul(
     m, k, n = int(a.size(0)), int(a.size(1)), int(b.size(1))
     if m * n == 0:
         return
-    tiling = choose_tiling(m, n, k, a.element_size())
-    tiles = triton.cdiv(m, tiling.block_m) * triton.cdiv(n, tiling.block_n)
     a, stride_a, a_transposed, a_extent = _operand(a)
     b, stride_b, b_transposed, b_extent = _operand(b)
     residual = add if subtract is None else subtract
+    does = {
+        "bias": bias is not None,
+        "add": add is not None,
+        "subtract": subtract is not None,
+        "relu": relu,
+        "mask": mask is not None,
+        "squared": squared is not None,
+        "loss": loss is not None,
+        "sums": column_sums is not None,
+        "update": lr is not None,
+    }
+    product = Product(
+        a.dtype,
+        m,
+        n,
+        k,
+        ("t" if a_transposed else "n") + ("t" if b_transposed else "n"),
+        " ".join(filter(does.get, does)),
+    )
+    tiling = _tuned.tiling_of(product, a.device)
+    tiles = triton.cdiv(m, tiling.block_m) * triton.cdiv(n, tiling.block_n)
     partial_losses = loss
     if loss is not None and tiles > 1:
         partial_losses = loss.new_empty(tiles, dtype=accumulator(loss.dtype))

@@ -20,6 +20,7 @@ import torch
 from pyext import registry
 from pyext._build import toolchain
 from pyext.backends import BACKENDS, Backend
+from pyext.lab import environment
 from pyext.lab.check import same_random_numbers
 
 DEVICES = ("cpu", "cuda")
@@ -70,8 +71,11 @@ def describe_triton() -> str:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return "not installed; `pip install triton` (there are wheels for Linux)"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return version + (", interpreting (TRITON_INTERPRET=1)" if interpreted else "")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return f"{version}, interpreting (TRITON_INTERPRET=1)"
+    if tuned := torch.cuda.is_available() and environment.tuned_products("cuda"):
+        return f"{version}, {tuned} products tuned for this GPU"
+    return version
 
 
 def describe_gpu() -> str:

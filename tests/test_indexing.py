@@ -83,10 +83,10 @@ def test_a_long_product_steps_over_far_rows(backend, device, transposed):
     stride = 2**27 + 8
     if backend == "triton":
         BACKENDS[backend].raw  # noqa: B018  imports the kernels
-        from pyext.kernels import _matmul
+        from pyext.kernels import _tiling, _tuned
 
-        tiling = _matmul.Tiling(16, 16, 16, splits=1, warps=1, stages=1)
-        small_tiles = mock.patch.object(_matmul, "choose_tiling", lambda *_: tiling)
+        tiling = _tiling.Tiling(16, 16, 16, splits=1, warps=1, stages=1)
+        small_tiles = mock.patch.object(_tuned, "tiling_of", lambda *_: tiling)
     else:
         small_tiles = contextlib.nullcontext()
     x, w1, w2 = (torch.randn(s, dtype=torch.bfloat16) for s in ((3, 40), (40, 5), (5, 2)))

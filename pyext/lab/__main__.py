@@ -2,7 +2,7 @@
 
 ``report DIR`` shows a result file once more; ``compile-report`` what the compilers made of the
 kernels; ``mutants`` plants bugs and shows what catches them; ``gpu-suite`` does on an NVIDIA GPU
-all that needs one.
+all that needs one; ``tune`` finds faster tiles for Triton's products there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pyext.lab import gpu_suite, report, results
+from pyext.lab import gpu_suite, report, results, tune
 from pyext.lab.compile_report import command as compile_report
 from pyext.lab.mutants import command as mutants
 
@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "gpu-suite", help="builds, tests, sanitizes and benchmarks on an NVIDIA GPU"
     )
     gpu_suite.add_arguments(gpu)
+    tuning = commands.add_parser("tune", help="finds faster tiles for the Triton products on a GPU")
+    tune.add_arguments(tuning)
     options = parser.parse_args(arguments)
     if options.command == "compile-report":
         return compile_report.run(options, Console(highlight=False))
@@ -58,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return mutants.main(planted, options)
     if options.command == "gpu-suite":
         return gpu_suite.main(options, gpu.error)
+    if options.command == "tune":
+        return tune.main(tuning, options)
     return _report(options, show.error)
 
 

@@ -31,6 +31,7 @@ _VARIABLES = (
     "PYTORCH_ALLOC_CONF",
     "CUDA_LAUNCH_BLOCKING",
     "TRITON_INTERPRET",
+    "PYEXT_TUNED",
 )
 """Environment variables that change timings and whose values name no path."""
 
@@ -70,6 +71,18 @@ def device_name(device: torch.device | str) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return _cpu_info().get("model name") or platform.processor() or platform.machine()
+
+
+def tuned_products(device: torch.device | str) -> int | None:
+    """How many Triton products have tiles of their own there (``python -m pyext.lab tune``); None
+    where there is no Triton."""
+    from pyext.backends import BACKENDS  # here, so that a broken extension cannot break the import
+
+    if BACKENDS["triton"].unavailable(device):
+        return None
+    from pyext.kernels import _tuned
+
+    return _tuned.count(torch.device(device))
 
 
 def slug(name: str) -> str:
@@ -148,6 +161,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         "multiprocessors": properties.multi_processor_count,
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "l2_bytes": properties.L2_cache_size,
+        "tuned_products": tuned_products(device),
         **_nvidia_smi(device),
     }
 

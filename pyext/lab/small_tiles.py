@@ -7,6 +7,8 @@ import contextlib
 from collections.abc import Iterator
 from unittest import mock
 
+import torch
+
 from pyext.backends import BACKENDS
 
 # Several tiles each way, odd edges, and a K that splits unevenly. By the last of a shape's names.
@@ -23,8 +25,9 @@ def small_tiles() -> Iterator[None]:
     """While it lasts, every launch has tiles of 16 x 16 or 64 elements, and sums have parts."""
     BACKENDS["triton"].raw  # noqa: B018  imports the kernels
     from pyext.kernels import (
-        _matmul,
         _reduction,
+        _tiling,
+        _tuned,
         adadelta_step,
         dropout,
         mse_loss,
@@ -32,15 +35,15 @@ def small_tiles() -> Iterator[None]:
         relu_max_pool2d,
     )
 
-    def choose_tiling(m: int, n: int, k: int, itemsize: int) -> _matmul.Tiling:
-        return _matmul.Tiling(16, 16, 16, splits=3 if k > 32 else 1, warps=1, stages=1)
+    def tiling_of(product: _tiling.Product, device: torch.device) -> _tiling.Tiling:
+        return _tiling.Tiling(16, 16, 16, splits=3 if product.k > 32 else 1, warps=1, stages=1)
 
     with contextlib.ExitStack() as patches:
 
         def replace(module: object, name: str, value: object) -> None:
             patches.enter_context(mock.patch.object(module, name, value))
 
-        replace(_matmul, "choose_tiling", choose_tiling)
+        replace(_tuned, "tiling_of", tiling_of)
         replace(mse_loss, "MAX_PROGRAMS", 5)
         replace(_reduction, "PARTIALS_PER_STEP", 2)
         for module in (adadelta_step, dropout, mse_loss, relu):

@@ -67,8 +67,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how many automatic mutants must change an output (default: as many as by hand)",
     )
-    add("--way", type=_names, metavar="NAMES", help=f"of {', '.join(CHECKS)} (default: all)")
-    add("--only", type=_names, metavar="NAMES", help="only mutants with these names (* matches)")
+    add(
+        "--way",
+        type=_arguments.names,
+        metavar="NAMES",
+        help=f"of {', '.join(CHECKS)} (default: all)",
+    )
+    add(
+        "--only",
+        type=_arguments.names,
+        metavar="NAMES",
+        help="only mutants with these names (* matches)",
+    )
     add("--quick", action="store_true", help="a few mutants made by hand, in three minutes")
     add(
         "--jobs",
@@ -80,10 +90,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", type=Path, metavar="FILE", help="write the rows, with their evidence, to FILE")
     add("--markdown", action="store_true", help="print the table as Markdown")
     add("--list", action="store_true", help="print the mutants made by hand, and stop")
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def main(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
