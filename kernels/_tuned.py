@@ -1,11 +1,12 @@
-"""The tilings that ``python -m pyext.lab tune`` has found, in Triton's cache folder.
+"""The tilings that ``python -m pyext.lab tune`` has found, in the user's cache folder.
 
 One file for each product, in a folder that is named after the GPU, Triton's version and the source
-of the kernels: what was tuned for others is not found. Triton's cache manager replaces a file as a
-whole, so that a tuner may be interrupted at any time. ``PYEXT_TUNED=0`` leaves all of them unread.
+of the kernels: what was tuned for others is not found. A file is replaced as a whole, so that a
+tuner may be interrupted at any time. ``PYEXT_TUNED=0`` leaves all of them unread.
 
 Nothing is timed behind the user's back. Triton's own autotuner would do it in the first call, also
-while a stream is captured, and a product that updates weights would need a copy for each trial.
+while a stream is captured, and a product that updates weights would need a copy for each trial. Nor
+do the files lie in Triton's cache folder: torch.compile moves that within a process.
 """
 
 import contextlib
@@ -13,12 +14,12 @@ import functools
 import hashlib
 import json
 import os
+import tempfile
 import warnings
 from pathlib import Path
 
 import torch
 import triton
-from triton.runtime.cache import get_cache_manager
 
 from ._registration import INTERPRETED
 from ._tiling import Tiling, choose_tiling, fits
@@ -29,26 +30,25 @@ def tiling_of(product, device):
     return _tiling_of(product, device)
 
 
+# Remembered, for the host's sake: the rule takes 29 us, the whole way to a known tiling 1.2.
 @functools.lru_cache(maxsize=4096)
 def _tiling_of(product, device):
-    tuned = load(product, device) if device.type == "cuda" and not INTERPRETED else None
+    tuned = load(product, device)
     return tuned or choose_tiling(product.m, product.n, product.k, product.dtype.itemsize)
 
 
 def load(product, device):
-    """The tiling that was tuned for a product on a CUDA device; None if there is none.
+    """The tiling that was tuned for a product on a device; None if there is none.
 
     A file that is damaged is ignored with a warning.
     """
-    if not enabled():
+    if not enabled(device):
         return None
+    path = _path(product, device)
     try:
-        path = _cache(device).get_file(_file_name(product))
-        if path is None:
-            return None
-        text = Path(path).read_text()
+        text = path.read_text()
     except OSError:
-        return None  # the folder cannot be made or read, or was emptied just now
+        return None  # none was saved, or it cannot be read
     with contextlib.suppress(ValueError, TypeError):
         tiling = Tiling(**json.loads(text))
         if all(type(each) is int for each in tiling) and fits(tiling, product):
@@ -62,37 +62,41 @@ def load(product, device):
 
 def save(product, tiling, device):
     """Keep a tiling for a product on a CUDA device, for this process too. Raises OSError."""
-    _cache(device).put(json.dumps(tiling._asdict()), _file_name(product), binary=False)
+    path = _path(product, device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(json.dumps(tiling._asdict()))
+    os.replace(file.name, path)
     _tiling_of.cache_clear()
 
 
 def count(device):
-    """For how many products a tiling was tuned on a CUDA device; 0 where they are not read."""
-    if not enabled():
-        return 0
-    with contextlib.suppress(OSError):
-        return len(list(Path(_cache(device).cache_dir).glob("*.json")))
-    return 0
+    """For how many products a tiling was tuned on a device; 0 where they are not read."""
+    return len(list(_folder(device).glob("*.json"))) if enabled(device) else 0
 
 
-def enabled():
-    return os.environ.get("PYEXT_TUNED") != "0"
+def enabled(device):
+    """Whether tuned tilings are looked for: of a GPU, unless the user or the interpreter is against
+    it."""
+    return device.type == "cuda" and not INTERPRETED and os.environ.get("PYEXT_TUNED") != "0"
 
 
-def _file_name(product):
-    return f"{str(product).replace(' ', '-')}.json"
+def _path(product, device):
+    return _folder(device) / f"{str(product).replace(' ', '-')}.json"
 
 
-def _cache(device):
+def _folder(device):
+    import pooch  # here: without a GPU nobody needs it
+
     from ._matmul import _add_parts_kernel, _matmul_kernel  # which imports this file
 
     properties = torch.cuda.get_device_properties(device)
     key = (
-        "pyext-lab tilings",
         properties.name,
         f"{properties.major}.{properties.minor}",
         triton.__version__,
         _matmul_kernel.cache_key,
         _add_parts_kernel.cache_key,
     )
-    return get_cache_manager(hashlib.sha256("-".join(key).encode()).hexdigest())
+    digest = hashlib.sha256("-".join(key).encode()).hexdigest()
+    return Path(pooch.os_cache("pyext-lab")) / "triton-tilings" / digest[:32]

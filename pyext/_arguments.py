@@ -1,4 +1,4 @@
-"""What the command lines take: each refuses what it does not accept in a sentence."""
+"""What several command lines take, and the sentences with which they refuse the rest."""
 
 from __future__ import annotations
 

@@ -25,6 +25,9 @@ if importlib.util.find_spec("triton") and (
     del os.environ["TRITON_INTERPRET"]
 
 
+# What was tuned on a machine is no part of the code that is tested there.
+os.environ["PYEXT_TUNED"] = "0"
+
 # Started in the background of a shell, this process ignores Ctrl-C, and so would those it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

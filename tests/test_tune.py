@@ -27,7 +27,7 @@ from pyext.lab import __main__ as lab
 from pyext.lab import environment, tune
 from pyext.lab.cases import Case, Variant
 from pyext.lab.check import CheckResult
-from pyext.lab.measure import Samples
+from pyext.lab.measure import Ratio, Samples
 
 pytest.importorskip("triton", reason="Triton is not installed")
 interpreted = pytest.mark.skipif(
@@ -139,8 +139,8 @@ class TestNeighbours:
     @pytest.mark.parametrize(
         ("dtype", "room", "change"),
         [
-            # Operands of all stages: 128 KiB and 192.
-            (torch.bfloat16, (128, 128, 128, 1, 8, 2), {"stages": 3}),
+            # Operands of all stages: 192 KiB and 256.
+            (torch.bfloat16, (128, 128, 128, 1, 8, 3), {"stages": 4}),
             # Sums: 128 registers a thread and 256.
             (torch.bfloat16, (128, 128, 32, 1, 4, 2), {"warps": 2}),
             (torch.float64, (64, 128, 16, 1, 4, 2), {"warps": 2}),
@@ -210,9 +210,16 @@ class TestSearch:
         found = list(tune.tune(CASE, lambda product: product.epilogue != "update"))
         assert [each.product.epilogue for each in found] == ["update", "update"]
 
-    def test_a_tiling_that_is_refused_is_left_out(self, tiling, monkeypatch):
+    @pytest.mark.parametrize("kind", ["resources", "compiler", "pass"])
+    def test_a_tiling_that_is_refused_is_left_out(self, tiling, monkeypatch, kind):
+        from triton.compiler.errors import CompilationError
         from triton.runtime.errors import OutOfResources
 
+        refusal = {
+            "resources": OutOfResources(300_000, 232_448, "shared memory"),
+            "compiler": CompilationError("", None, "no"),
+            "pass": RuntimeError("PassManager::run failed"),
+        }[kind]
         seconds_by(monkeypatch, lambda name: 1 / sides(name)[2])
         results = Variant.verify
 
@@ -222,12 +229,70 @@ class TestSearch:
             products = tune._launched(variant)
             for product in products:
                 if _tuned.tiling_of(product, torch.device("cpu")).block_k == 64:
-                    raise OutOfResources(300_000, 232_448, "shared memory")
+                    raise refusal
             return results(variant, inputs)
 
         monkeypatch.setattr(Variant, "verify", verify)
         first = next(tune.tune(CASE, lambda product: False))
         assert first.refused and first.best.block_k < 64
+
+    def test_a_rule_that_is_refused_is_one_sentence(self, tiling, monkeypatch):
+        from triton.runtime.errors import OutOfResources
+
+        def refuse(*_):
+            raise OutOfResources(300_000, 232_448, "shared memory")
+
+        monkeypatch.setattr(Variant, "verify", refuse)
+        with pytest.raises(tune.CannotTune, match="does not take the rule's tiles"):
+            next(tune.tune(CASE, lambda product: False))
+
+    def test_what_is_kept_is_verified_after_the_timing_too(self, tiling, monkeypatch):
+        measured, _ = seconds_by(monkeypatch, lambda name: 1 / sides(name)[2])
+        verify = Variant.verify
+
+        def wrong_after_the_last_word(variant, inputs):
+            if len(measured) > tune._LAST_WORDS and len(set(map(len, measured[-5:]))) == 1:
+                return CheckResult(False, 1.0, "updated_0: off by 1")
+            return verify(variant, inputs)
+
+        monkeypatch.setattr(Variant, "verify", wrong_after_the_last_word)
+        with pytest.raises(tune.WrongResult):
+            next(tune.tune(CASE, lambda product: False))
+
+    def test_a_fast_one_whose_interval_says_nothing_is_passed_over(self, tiling, monkeypatch):
+        """The fastest is noise; the next is sure."""
+        measured, _ = seconds_by(monkeypatch, lambda name: 1.0)
+        speedups = {64: Ratio(2.0, 0.5, 4.0), 16: Ratio(1.5, 1.4, 1.6)}
+
+        def speedup(baseline, variant, *, paired, seed):
+            return speedups.get(variant, Ratio(1.0, 1.0, 1.0))
+
+        def measure(subjects, *_, **__):
+            return {subject.name: sides(subject.name)[2] for subject in subjects}
+
+        monkeypatch.setattr(tune, "measure", measure)
+        monkeypatch.setattr(tune, "speedup", speedup)
+        monkeypatch.setattr(tune, "_MOST_STEPS", 1)
+        first = next(tune.tune(CASE, lambda product: False))
+        assert first.rule.block_k == 32 and first.best.block_k == 16
+        assert first.ratio == speedups[16]
+
+    def test_a_rule_that_wins_again_is_what_later_products_are_tuned_beside(
+        self, tiling, monkeypatch
+    ):
+        """With --again: not what was tuned before."""
+        from pyext.kernels import _tuned
+
+        _, launched = seconds_by(monkeypatch, lambda name: 1.0)
+        rule_of = _tuned.tiling_of
+
+        def tuned_before(product, device):
+            return rule_of(product, device)._replace(block_k=64)
+
+        monkeypatch.setattr(_tuned, "tiling_of", tuned_before)
+        first, _ = itertools.islice(tune.tune(CASE, lambda product: False), 2)
+        assert first.best == first.rule
+        assert launched[-1][1][8, 20, 140] == first.rule
 
     def test_a_wrong_result_ends_it(self, tiling, monkeypatch):
         seconds_by(monkeypatch, lambda name: 1.0)
@@ -263,10 +328,10 @@ FOUND = "print(_tuned.tiling_of(product, device) == tiling, _tuned.count(device)
 
 def in_another_process(cache, code, **variables):
     """It compiles, so that the kernels have a source to be named after; what ``code`` prints."""
-    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), **variables}
+    environment = {"TRITON_INTERPRET": "0", "XDG_CACHE_HOME": str(cache), "PYEXT_TUNED": "1"}
     done = subprocess.run(
         [sys.executable, "-c", STORE + code],
-        env=os.environ | environment,
+        env=os.environ | environment | variables,
         capture_output=True,
         text=True,
     )
@@ -277,7 +342,7 @@ def in_another_process(cache, code, **variables):
 class TestStore:
     @pytest.fixture(scope="class")
     def cache(self, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("triton")
+        folder = tmp_path_factory.mktemp("cache")
         assert in_another_process(folder, SAVE) == "True 1\n"
         return folder
 
@@ -287,9 +352,32 @@ class TestStore:
     def test_can_be_left_unread(self, cache):
         assert in_another_process(cache, FOUND, PYEXT_TUNED="0") == "False 0\n"
 
-    def test_no_folder_is_no_error(self, tmp_path):
+    def test_no_folder_is_no_error_and_is_not_made(self, tmp_path):
+        assert in_another_process(tmp_path / "none", FOUND) == "False 0\n"
+        assert not (tmp_path / "none").exists()
         (tmp_path / "file").write_text("")
-        assert in_another_process(tmp_path / "file" / "below", FOUND) == "False 0\n"
+        assert in_another_process(tmp_path / "file", FOUND) == "False 0\n"
+
+    def test_torch_compile_moves_tritons_folder_and_not_this_one(self, cache, tmp_path):
+        """It sets this variable within a process, where the user has not."""
+        code = f"import os; os.environ['TRITON_CACHE_DIR'] = {str(tmp_path)!r}\n{FOUND}"
+        assert in_another_process(cache, code) == "True 1\n"
+
+    def test_the_interpreter_reads_none(self, cache):
+        assert in_another_process(cache, FOUND, TRITON_INTERPRET="1") == "False 0\n"
+
+    def test_an_interrupted_save_leaves_the_old_file(self, tmp_path):
+        code = f"""
+import os
+_tuned.save(product, tiling, device)
+def interrupted(*_):
+    raise KeyboardInterrupt
+os.replace = interrupted
+with contextlib.suppress(KeyboardInterrupt):
+    _tuned.save(product, rule, device)
+{FOUND}
+"""
+        assert in_another_process(tmp_path, code) == "True 1\n"
 
     def test_only_the_same_product_on_the_same_gpu_finds_it(self, cache):
         code = """
@@ -351,6 +439,7 @@ class TestCommand:
             (["--dtype", "int8"], "--dtype does not know 'int8'; it accepts float64,"),
             (["--shape", "4096"], "--shape 4096 fits none of the chosen suites"),
             (["--shape", "0x1"], "--shape does not understand '0x1'"),
+            (["--shape", "64x1000x100x10x10", "--suite", "two_layer"], "fits none of the chosen"),
             (["--minutes", "0"], "--minutes"),
             (
                 ["--suite", "two_layer_sgd_steps", "--dtype", "bfloat16"],
@@ -371,7 +460,7 @@ class TestCommand:
 
     @pytest.fixture
     def on_the_cpu(self, tiling, monkeypatch):
-        """The command, up to Ctrl-C after the second product; what it saved."""
+        """What the command saved, on CPU tensors and by a clock that says 1 s."""
         from pyext.kernels import _tuned
 
         saved = {}
@@ -406,15 +495,24 @@ class TestCommand:
         monkeypatch.setattr(tune._Search, "run", run)
         assert self.run() == 0
         assert len(on_the_cpu) == 5
-        assert "3 products tuned, 0 of them faster" in capsys.readouterr().out
+        assert "Products tuned: 3, 0 of them faster" in capsys.readouterr().out
         assert self.run("--again") == 0
-        assert "5 products tuned" in capsys.readouterr().out  # not ten: both cases are the same
+        assert "Products tuned: 5" in capsys.readouterr().out  # not ten: both cases are the same
 
     @interpreted
-    def test_time_is_up(self, on_the_cpu, capsys):
-        assert self.run("--minutes", "1e-9") == 0
-        assert len(on_the_cpu) == 1
-        assert "The time was used up" in capsys.readouterr().out
+    def test_time_is_up(self, on_the_cpu, monkeypatch, capsys):
+        """Nothing is begun, and the next run does the rest; afterwards nothing is left to say."""
+        clock = itertools.count()
+        monkeypatch.setattr(tune.time, "monotonic", lambda: 60 * next(clock))
+        assert self.run("--minutes", "2") == 0
+        assert len(on_the_cpu) == 2
+        assert "The time was used up; the same command goes on" in capsys.readouterr().out
+        assert self.run("--minutes", "0.1", "--again") == 0
+        assert "The time was used up." in capsys.readouterr().out
+        assert self.run("--minutes", "5") == 0
+        assert len(on_the_cpu) == 5
+        assert self.run("--minutes", "0.1") == 0
+        assert "used up" not in capsys.readouterr().out
 
     @interpreted
     def test_a_wrong_result_is_a_failure(self, on_the_cpu, monkeypatch, capsys):
@@ -425,15 +523,97 @@ class TestCommand:
         assert not on_the_cpu
 
     @interpreted
-    def test_a_cache_that_cannot_be_written(self, on_the_cpu, monkeypatch, capsys):
+    @pytest.mark.parametrize(
+        ("where", "error", "code", "sentence"),
+        [
+            ("save", OSError("read-only file system"), 3, "cannot be kept: read-only file system."),
+            ("verify", torch.OutOfMemoryError("CUDA out of memory"), 3, "CUDA out of memory."),
+            ("verify", RuntimeError("illegal access"), 1, "RuntimeError: illegal access"),
+            ("measure", None, 3, "two_layer_sgd_step step 8x140x20x6 float32: not captured."),
+        ],
+    )
+    def test_what_ends_it(self, on_the_cpu, monkeypatch, capsys, where, error, code, sentence):
         from pyext.kernels import _tuned
 
-        def refuse(*_):
-            raise OSError("read-only file system")
+        def fail(*_):
+            raise error
 
-        monkeypatch.setattr(_tuned, "save", refuse)
-        assert self.run() == 3
-        assert "cannot be written: read-only file system" in capsys.readouterr().out
+        def cannot_time(subjects, *_, **__):
+            return {subject.name: "not captured" for subject in subjects}
+
+        if where == "measure":
+            monkeypatch.setattr(tune, "measure", cannot_time)
+        else:
+            monkeypatch.setattr(*((_tuned, "save") if where == "save" else (Variant, where)), fail)
+        assert self.run() == code
+        assert sentence in capsys.readouterr().out
+        assert not on_the_cpu
+
+    def test_ops_that_no_given_shape_fits_are_left_out(self, tiling, monkeypatch):
+        from pyext.kernels import _tuned
+
+        monkeypatch.setattr(BACKENDS["triton"], "unavailable", lambda device, op=None: None)
+        monkeypatch.setattr(type(BACKENDS["triton"]), "interpreted", False)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        monkeypatch.setattr(_tuned, "enabled", lambda device: True)
+        wanted = []
+        monkeypatch.setattr(tune, "_tune_all", lambda cases, *_: wanted.extend(cases) or 0)
+        assert lab.main(["tune", "--shape", "8x16x4x2", "--dtype", "float32,bfloat16"]) == 0
+        assert {each.label for each in wanted} == {
+            f"{op} {direction} 8x16x4x2 {dtype}"
+            for op, direction in (
+                ("two_layer", "both"),
+                ("two_layer_mse_loss", "both"),
+                ("two_layer_sgd_step", "step"),
+            )
+            for dtype in ("float32", "bfloat16")
+        }
+        assert {each.device for each in wanted} == {"cuda:1"}
+        wanted.clear()
+        assert lab.main(["tune"]) == 0
+        assert "two_layer_sgd_steps" in {each.op for each in wanted}
+        monkeypatch.setattr(_tuned, "enabled", lambda device: False)
+        with pytest.raises(SystemExit):
+            lab.main(["tune"])
+
+    def test_interpreting_beside_a_gpu(self, monkeypatch, capsys):
+        monkeypatch.setattr(BACKENDS["triton"], "unavailable", lambda device, op=None: None)
+        monkeypatch.setattr(type(BACKENDS["triton"]), "interpreted", True)
+        assert lab.main(["tune"]) == 3
+        assert "TRITON_INTERPRET=1 runs the kernels in NumPy" in capsys.readouterr().out
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+    def test_on_a_gpu(self, tmp_path):
+        """A small case for real: tuned, found by the next process, right and taken there."""
+        command = ["-m", "pyext.lab", "tune", "--suite", "two_layer_sgd_step"]
+        variables = {"TRITON_INTERPRET": "0", "XDG_CACHE_HOME": str(tmp_path), "PYEXT_TUNED": "1"}
+
+        def python(*arguments):
+            environment = os.environ | variables
+            done = subprocess.run(
+                [sys.executable, *arguments], env=environment, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            return done.stdout
+
+        assert "Products tuned: 5," in python(*command, "--shape", "16x64x32x8")
+        assert "Products tuned: 0," in python(*command, "--shape", "16x64x32x8")
+        code = """
+import torch
+from pyext import registry
+from pyext.lab import environment, tune
+from pyext.lab.cases import Case, Inputs, backend_variant
+from pyext.kernels import _tuned
+
+case = Case("two_layer_sgd_step", "step", (16, 64, 32, 8), "float32", "cuda:0")
+inputs = Inputs(registry.get(case.op), case, 0)
+variant = backend_variant("triton", inputs, case)
+assert variant.verify(inputs)
+device = torch.device(case.device)
+assert all(_tuned.load(each, device) for each in tune._launched(variant))
+print(environment.tuned_products("cuda"))
+"""
+        assert python("-c", code) == "5\n"
 
 
 class TestWhoSaysHowMany:
@@ -482,7 +662,7 @@ for tiling in _tiling.neighbours(rule, product):
         variant.subject.call()
     compiled = compiler.launched[0][1]
     print(tiling, compiled.metadata.shared)
-    assert compiled.metadata.shared <= 163 * 1024, tiling
+    assert compiled.metadata.shared <= 227 * 1024, tiling
     assert compiled.metadata.num_warps == tiling.warps
 """
 
@@ -491,7 +671,7 @@ for tiling in _tiling.neighbours(rule, product):
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_the_neighbours_compile(tmp_path, dtype, architecture):
-    """Of the largest product of the headline step; within the shared memory of sm_80."""
+    """Of the largest product of the headline step; within the shared memory of sm_90."""
     result = subprocess.run(
         [sys.executable, "-c", COMPILED, architecture, dtype],
         env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},

@@ -1,14 +1,14 @@
 """``python -m pyext.lab tune``: finds faster tiles for the Triton products on this GPU.
 
 A product's tiles follow a rule that knows no GPU (``kernels/_tiling.py``). This times others, in
-the ops that launch the product, and keeps those that are faster in Triton's cache folder, where
+the ops that launch the product, and keeps those that are faster in the user's cache folder, where
 every later process finds them. From the rule's tiling on, all neighbours (one size halved, doubled
 or traded) are timed against the best so far, interleaved, until none is faster; what is kept has
-been faster than the rule once more, in a measurement of its own. Nothing is timed that has not been
-verified.
+then been faster than the rule in each of several measurements of the two. Nothing is timed that has
+not been verified, and what is kept is verified once more.
 
-Exit codes: 0 done; 1 a result was wrong; 2 wrong usage; 3 no GPU or no Triton; 130 interrupted,
-with what was tuned kept.
+Exit codes: 0 done; 1 a result was wrong, or a call failed; 2 wrong usage; 3 the environment lacks
+something (a GPU, Triton, memory, room for the files); 130 interrupted, with what was tuned kept.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ if TYPE_CHECKING:
 OK, FAILED, WRONG_USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130
 _DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in registry.FLOATING_DTYPES)
 _CLOCK = "device_warm"
-# Each neighbour for 60 ms: a step shows a few percent. The last word, rule against winner, takes
-# ten times as long, for the fastest of a dozen was lucky, too.
+# A step shows a few percent. The fastest of a dozen was lucky, too, so the last word is had by
+# rule and winner alone, five times: one of 40 intervals lies above 1 for no reason, not five.
 _SEARCH = Effort(warmup_s=0.02, measure_s=0.06)
-_LAST_WORD = Effort(warmup_s=0.1, measure_s=0.6, blocks=20)
+_LAST_WORD = Effort(warmup_s=0.1, measure_s=0.06)
+_LAST_WORDS = 5
 _MOST_STEPS = 8
 
 
@@ -54,9 +55,10 @@ class Tuned:
     rule: Tiling
     best: Tiling
     ratio: Ratio | None
-    """The case's time with the rule's tiling over that with the best; None if no other won."""
+    """The case's time with the rule's tiling over that with the best, the least of the last
+    measurements; None if no other won."""
     tried: int
-    """How many tilings were timed."""
+    """How many tilings were verified."""
     refused: int
     """How many others this GPU or its compiler did not take."""
 
@@ -77,6 +79,10 @@ class WrongResult(RuntimeError):
     """A tiling gave a wrong result: a defect of the kernel or of Triton."""
 
 
+class CannotTune(RuntimeError):
+    """Not even the rule's tiling can be launched or timed here."""
+
+
 def tune(
     case: Case,
     decided: Callable[[Product], bool],
@@ -94,24 +100,23 @@ def tune(
 
     Raises:
         WrongResult: a tiling gave a result beyond the op's tolerance.
+        CannotTune: not even the rule's tiling can be launched or timed.
     """
-    from pyext.kernels._tuned import tiling_of
-
     inputs = Inputs(registry.get(case.op), case, seed)
     variant = backend_variant("triton", inputs, case)
-    device = torch.device(case.device)
     best: dict[Product, Tiling] = {}
     for product in _launched(variant):
         if decided(product):
             continue
-        search = _Search(case, inputs, variant, product, best, seed)
-        found = search.run()
-        best[product] = found.best if found.ratio else tiling_of(product, device)
+        found = _Search(case, inputs, variant, product, best, seed).run()
+        best[product] = found.best
         yield found
 
 
 def _launched(variant: Variant) -> list[Product]:
     """The products of one call, each once, in the order of their launches."""
+    from triton.runtime.errors import TritonError
+
     from pyext.kernels import _tuned
 
     products, tiling_of = [], _tuned.tiling_of
@@ -121,7 +126,10 @@ def _launched(variant: Variant) -> list[Product]:
         return tiling_of(product, device)
 
     with mock.patch.object(_tuned, "tiling_of", listening):
-        variant.results()
+        try:
+            variant.results()
+        except TritonError as error:
+            raise CannotTune(f"{products[-1]} cannot be launched here: {error}") from error
     return list(dict.fromkeys(products))
 
 
@@ -140,7 +148,11 @@ def _forced(tilings: dict[Product, Tiling]) -> Iterator[None]:
 
 
 class _TimeIsUp(Exception):
-    pass
+    """No further product is begun."""
+
+
+class _CannotSave(Exception):
+    """Why, in a sentence without its full stop."""
 
 
 class _Search:
@@ -164,35 +176,50 @@ class _Search:
 
         product = self._product
         rule = choose_tiling(product.m, product.n, product.k, product.dtype.itemsize)
-        self._usable(rule)
-        best, known, ratio = rule, {rule}, None
+        if not self._usable(rule):
+            raise CannotTune(f"{product}: this GPU does not take the rule's tiles of {rule}")
+        best, known = rule, {rule}
         for _ in range(_MOST_STEPS):
             new = [each for each in neighbours(best, product) if each not in known]
             known.update(new)
-            ratios = self._against(best, list(filter(self._usable, new)), _SEARCH)
-            if not ratios:
+            ratios = self._against(best, list(filter(self._usable, new)), _SEARCH, self._seed)
+            faster = {each: r for each, r in ratios.items() if r.verdict == "faster"}
+            if not faster:
                 break
-            fastest = max(ratios, key=lambda each: ratios[each].value)
-            if ratios[fastest].verdict != "faster":
-                break
-            best = fastest
-        if best != rule:
-            ratio = self._against(rule, [best], _LAST_WORD).get(best)
-        if ratio is None or ratio.verdict != "faster":
-            best, ratio = rule, None
+            best = max(faster, key=lambda each: faster[each].value)
+        ratio = None if best == rule else self._last_word(rule, best)
+        if ratio is None:
+            best = rule
+        else:
+            self._usable(best)  # verified after the timing, too
         return Tuned(product, self._case, rule, best, ratio, self._tried, self._refused)
+
+    def _last_word(self, rule: Tiling, best: Tiling) -> Ratio | None:
+        """The least of several ratios, each of which says that ``best`` is faster; else None."""
+        ratios = []
+        for repeat in range(_LAST_WORDS):
+            ratio = self._against(rule, [best], _LAST_WORD, self._seed + repeat).get(best)
+            if ratio is None or ratio.verdict != "faster":
+                return None
+            ratios.append(ratio)
+        return min(ratios, key=lambda each: each.value)
 
     def _tilings(self, tiling: Tiling) -> dict[Product, Tiling]:
         return {**self._others, self._product: tiling}
 
     def _usable(self, tiling: Tiling) -> bool:
         """Whether the kernel compiles and is launched; a wrong result is an error."""
-        from triton.runtime.errors import OutOfResources, PTXASError
+        from triton.runtime.errors import TritonError
 
         try:
             with _forced(self._tilings(tiling)):
                 result = self._variant.verify(self._inputs)
-        except (OutOfResources, PTXASError):
+        except TritonError:  # does not compile, or needs more than a multiprocessor has
+            self._refused += 1
+            return False
+        except RuntimeError as error:
+            if "PassManager" not in str(error):  # a pass of the compiler failed
+                raise
             self._refused += 1
             return False
         if not result:
@@ -201,17 +228,19 @@ class _Search:
         return True
 
     def _against(
-        self, baseline: Tiling, tilings: Sequence[Tiling], effort: Effort
+        self, baseline: Tiling, tilings: Sequence[Tiling], effort: Effort, seed: int
     ) -> dict[Tiling, Ratio]:
         """How much faster each is than ``baseline``; those that the clock cannot time are out."""
+        if not tilings:
+            return {}
         subjects = [self._subject(tiling) for tiling in (baseline, *tilings)]
         device = torch.device(self._case.device)
-        samples = measure(subjects, _CLOCK, effort, device=device, seed=self._seed)
+        samples = measure(subjects, _CLOCK, effort, device=device, seed=seed)
         reference = samples[str(baseline)]
         if isinstance(reference, str):
-            raise RuntimeError(f"{self._case.label} cannot be timed: {reference}")
+            raise CannotTune(f"{self._case.label}: {reference}")
         return {
-            tiling: speedup(reference, own, paired=True, seed=self._seed)
+            tiling: speedup(reference, own, paired=True, seed=seed)
             for tiling in tilings
             if not isinstance(own := samples[str(tiling)], str)
         }
@@ -282,18 +311,24 @@ def main(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     cuda = torch.device("cuda")
     chosen = [ops[name] for name in suites]
     shapes = _arguments.shapes(parser, options.shape, chosen, cuda, "quick")
+    if options.shape is not None:  # an op that no given shape fits is not asked for
+        lengths = {text.count("x") + 1 for text in options.shape}
+        chosen = [op for op in chosen if len(op.shape_names) in lengths]
     if not any(getattr(torch, dtype) in op.dtypes for op in chosen for dtype in dtypes):
         parser.error(f"nothing to tune: {', '.join(suites)} is not measured in {', '.join(dtypes)}")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
-    if reason := BACKENDS["triton"].unavailable("cuda"):
+    reason = BACKENDS["triton"].unavailable("cuda")
+    if not reason and BACKENDS["triton"].interpreted:
+        reason = "TRITON_INTERPRET=1 runs the kernels in NumPy; unset it"
+    if reason:
         console.print(f"tune needs an NVIDIA GPU and Triton: {reason}.", soft_wrap=True)
         return MISSING
     from pyext.kernels import _tuned
 
-    if not _tuned.enabled():
+    device = torch.device("cuda", torch.cuda.current_device())
+    if not _tuned.enabled(device):
         parser.error("PYEXT_TUNED=0 leaves unread what this would save; unset it")
     environment.use_full_precision()
-    device = torch.device("cuda", torch.cuda.current_device())
     wanted = [
         case
         for op in chosen
@@ -309,35 +344,47 @@ def _tune_all(wanted: Sequence[Case], options: argparse.Namespace, console: Cons
     device = torch.device(wanted[0].device)
     end = time.monotonic() + 60 * options.minutes
     found: list[Tuned] = []
+    goes_on = "" if options.again else "; the same command goes on where this one ended"
     status, last = OK, ""
 
     def decided(product: Product) -> bool:
         if any(each.product == product for each in found):
             return True
-        return not options.again and _tuned.load(product, device) is not None
+        if not options.again and _tuned.load(product, device) is not None:
+            return True
+        if time.monotonic() > end:
+            raise _TimeIsUp
+        return False
 
     try:
         for case in wanted:
-            console.print(f"[dim]{case.label}[/]")
-            for each in tune(case, decided, options.seed):
-                _tuned.save(each.product, each.best, device)
-                found.append(each)
-                console.print(f"  {each.product}: {each.outcome}", markup=False, soft_wrap=True)
-                if time.monotonic() > end:
-                    raise _TimeIsUp
+            with console.status(case.label):
+                for each in tune(case, decided, options.seed):
+                    _save(each, device)
+                    found.append(each)
+                    console.print(f"{each.product}: {each.outcome}", markup=False, soft_wrap=True)
     except _TimeIsUp:
-        last = "The time was used up; the same command goes on where this one ended."
+        last = f"The time was used up{goes_on}."
     except KeyboardInterrupt:
-        status, last = INTERRUPTED, "Interrupted; the same command goes on where this one ended."
-    except OSError as error:
-        status, last = MISSING, f"Triton's cache folder cannot be written: {error}."
+        status, last = INTERRUPTED, f"Interrupted{goes_on}."
+    except (CannotTune, _CannotSave, torch.OutOfMemoryError) as error:
+        status, last = MISSING, f"{error}."
     except RuntimeError as error:
         status, last = FAILED, f"{type(error).__name__}: {error}"
     faster = sum(each.ratio is not None for each in found)
     console.print(
-        f"{len(found)} products tuned, {faster} of them faster than with the rule's tiles; "
-        f"{_tuned.count(device)} are kept for this GPU."
+        f"Products tuned: {len(found)}, {faster} of them faster than with the rule's tiles; "
+        f"kept for this GPU: {_tuned.count(device)}."
     )
     if last:
         console.print(last, markup=False, soft_wrap=True)
     return status
+
+
+def _save(found: Tuned, device: torch.device) -> None:
+    from pyext.kernels import _tuned
+
+    try:
+        _tuned.save(found.product, found.best, device)
+    except OSError as error:
+        raise _CannotSave(f"Tilings cannot be kept: {error}") from error
