@@ -52,7 +52,6 @@ from pyext.lab.timing import QUICK  # noqa: E402
 
 OK, FAILED, WRONG_USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130
 RESULTS = Path(__file__).resolve().parent / "results"
-DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in registry.FLOATING_DTYPES)
 
 
 class _Missing(RuntimeError):
@@ -163,7 +162,12 @@ def _parser() -> argparse.ArgumentParser:
         help="default: all; eager is always timed",
     )
     add("--peer", type=_arguments.names, metavar="NAMES", help=f"of {', '.join(PEERS)}; or none")
-    add("--dtype", type=_arguments.names, metavar="NAMES", help=f"of {', '.join(DTYPES)}")
+    add(
+        "--dtype",
+        type=_arguments.names,
+        metavar="NAMES",
+        help=f"of {', '.join(registry.DTYPE_NAMES)}",
+    )
     add("--shape", type=_arguments.names, metavar="SHAPES", help="such as 4096 or 64x1000x100x10")
     add("--profile", choices=tuple(PROFILES), default="quick", help="default: quick")
     add(
@@ -240,7 +244,11 @@ def _settings(
         backends=_arguments.chosen(parser, "--backend", options.backend, default_backends()),
         peers=peers,
         dtypes=_arguments.chosen(
-            parser, "--dtype", options.dtype, DTYPES, default=profile.dtypes[device.type]
+            parser,
+            "--dtype",
+            options.dtype,
+            registry.DTYPE_NAMES,
+            default=profile.dtypes[device.type],
         ),
         shapes=_arguments.shapes(parser, options.shape, ops, device, options.profile),
         profile=options.profile,

@@ -84,8 +84,20 @@ def shapes(
     ops: Sequence[registry.Op],
     device: torch.device,
     profile: str,
+    *,
+    others: bool = True,
 ) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Op -> its shapes: those given that have its number of extents, else the profile's."""
+    """Op -> its shapes: those given that have its number of extents.
+
+    Args:
+        parser: whose usage error it is if one fits no op.
+        given: texts such as ``64x1000x100x10``; None for the profile's shapes.
+        ops: the ops chosen.
+        device: whose benchmark shapes these are.
+        profile: the same, ``quick`` or ``full``.
+        others: whether an op that no given shape fits keeps the profile's, so that its rows are not
+            silently missing; else it is left out.
+    """
     if given is None:
         return {op.name: op.benchmark_shapes[device.type][profile] for op in ops}
     parsed = [_shape(parser, text) for text in given]
@@ -100,10 +112,10 @@ def shapes(
     fitting = {
         op.name: tuple(shape for shape in parsed if len(shape) == len(op.shape_names)) for op in ops
     }
-    # An op that no given shape fits keeps its own, so that its rows are not silently missing.
     return {
-        name: each or registry.get(name).benchmark_shapes[device.type][profile]
-        for name, each in fitting.items()
+        op.name: fitting[op.name] or op.benchmark_shapes[device.type][profile]
+        for op in ops
+        if fitting[op.name] or others
     }
 
 

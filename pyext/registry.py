@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 FLOATING_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPE_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in FLOATING_DTYPES)
+"""As the command lines take them: ``float64`` …"""
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ def test_triton_kernels_keep_their_limits_at_the_smallest_shapes(empty_cache):
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", triton_rows.DTYPES)
+@pytest.mark.parametrize("dtype", registry.DTYPE_NAMES)
 @pytest.mark.parametrize("architecture", TRITON_ARCHITECTURES)
 def test_triton_kernels_keep_their_limits(architecture, dtype, empty_cache):
     check_triton(rows_of(architecture, (dtype,), "benchmarks", empty_cache))
@@ -208,7 +208,7 @@ def test_triton_kernels_keep_their_limits(architecture, dtype, empty_cache):
 
 @needs_triton
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("dtype", triton_rows.DTYPES)
+@pytest.mark.parametrize("dtype", registry.DTYPE_NAMES)
 def test_triton_kernels_keep_their_limits_for_every_sample(dtype, empty_cache):
     """Strided, unaligned, odd and empty operands, and every combination of epilogues."""
     check_triton(rows_of("sm_90", (dtype,), "samples", empty_cache))

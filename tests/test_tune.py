@@ -14,6 +14,7 @@ import subprocess
 import sys
 import uuid
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -235,6 +236,29 @@ class TestSearch:
         monkeypatch.setattr(Variant, "verify", verify)
         first = next(tune.tune(CASE, lambda product: False))
         assert first.refused and first.best.block_k < 64
+
+    def test_a_case_that_cannot_be_launched_is_one_sentence(self, tiling, monkeypatch):
+        from triton.runtime.errors import OutOfResources
+
+        def refuse(variant):
+            raise OutOfResources(300_000, 232_448, "shared memory")
+
+        monkeypatch.setattr(tune, "_launched", refuse)
+        with pytest.raises(tune.CannotTune, match=f"{CASE.label} cannot be launched here"):
+            next(tune.tune(CASE, lambda product: False))
+
+    def test_a_tiling_is_counted_once(self, tiling, monkeypatch):
+        """However often it is verified: the winner is once more, after the timing."""
+        seconds_by(monkeypatch, lambda name: 1 / sides(name)[2])
+        verified, verify = [], Variant.verify
+
+        def counting(variant, inputs):
+            verified.append(1)
+            return verify(variant, inputs)
+
+        monkeypatch.setattr(Variant, "verify", counting)
+        first = next(tune.tune(CASE, lambda product: False))
+        assert first.ratio and first.tried == len(verified) - 1
 
     def test_a_rule_that_is_refused_is_one_sentence(self, tiling, monkeypatch):
         from triton.runtime.errors import OutOfResources
@@ -503,7 +527,7 @@ class TestCommand:
     def test_time_is_up(self, on_the_cpu, monkeypatch, capsys):
         """Nothing is begun, and the next run does the rest; afterwards nothing is left to say."""
         clock = itertools.count()
-        monkeypatch.setattr(tune.time, "monotonic", lambda: 60 * next(clock))
+        monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: 60 * next(clock)))
         assert self.run("--minutes", "2") == 0
         assert len(on_the_cpu) == 2
         assert "The time was used up; the same command goes on" in capsys.readouterr().out
@@ -527,7 +551,7 @@ class TestCommand:
         ("where", "error", "code", "sentence"),
         [
             ("save", OSError("read-only file system"), 3, "cannot be kept: read-only file system."),
-            ("verify", torch.OutOfMemoryError("CUDA out of memory"), 3, "CUDA out of memory."),
+            ("verify", torch.OutOfMemoryError("CUDA out of memory."), 3, "out of memory.\n"),
             ("verify", RuntimeError("illegal access"), 1, "RuntimeError: illegal access"),
             ("measure", None, 3, "two_layer_sgd_step step 8x140x20x6 float32: not captured."),
         ],
@@ -641,13 +665,11 @@ class TestWhoSaysHowMany:
 
 COMPILED = """
 import sys
-from unittest import mock
 import torch
-from pyext.lab.compile_report.triton_rows import _Compiler
-from pyext import doctor, registry
-from pyext.backends import BACKENDS
-from pyext.lab import environment, tune
+from pyext import registry
+from pyext.lab import tune
 from pyext.lab.cases import Case, Inputs, backend_variant
+from pyext.lab.compile_report.triton_rows import _Compiler
 
 compiler = _Compiler(sys.argv[1])
 case = Case("two_layer_sgd_step", "step", (64, 1000, 100, 10), sys.argv[2], "cpu")

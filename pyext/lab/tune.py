@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from pyext.kernels._tiling import Product, Tiling
 
 OK, FAILED, WRONG_USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130
-_DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in registry.FLOATING_DTYPES)
 _CLOCK = "device_warm"
 # A step shows a few percent. The fastest of a dozen was lucky, too, so the last word is had by
 # rule and winner alone, five times: one of 40 intervals lies above 1 for no reason, not five.
@@ -102,10 +101,16 @@ def tune(
         WrongResult: a tiling gave a result beyond the op's tolerance.
         CannotTune: not even the rule's tiling can be launched or timed.
     """
+    from triton.runtime.errors import TritonError
+
     inputs = Inputs(registry.get(case.op), case, seed)
     variant = backend_variant("triton", inputs, case)
     best: dict[Product, Tiling] = {}
-    for product in _launched(variant):
+    try:
+        products = _launched(variant)
+    except TritonError as error:
+        raise CannotTune(f"{case.label} cannot be launched here: {error}") from error
+    for product in products:
         if decided(product):
             continue
         found = _Search(case, inputs, variant, product, best, seed).run()
@@ -115,8 +120,6 @@ def tune(
 
 def _launched(variant: Variant) -> list[Product]:
     """The products of one call, each once, in the order of their launches."""
-    from triton.runtime.errors import TritonError
-
     from pyext.kernels import _tuned
 
     products, tiling_of = [], _tuned.tiling_of
@@ -126,10 +129,7 @@ def _launched(variant: Variant) -> list[Product]:
         return tiling_of(product, device)
 
     with mock.patch.object(_tuned, "tiling_of", listening):
-        try:
-            variant.results()
-        except TritonError as error:
-            raise CannotTune(f"{products[-1]} cannot be launched here: {error}") from error
+        variant.results()
     return list(dict.fromkeys(products))
 
 
@@ -169,7 +169,8 @@ class _Search:
     ):
         self._case, self._inputs, self._variant = case, inputs, variant
         self._product, self._others, self._seed = product, dict(others), seed
-        self._tried, self._refused = 0, 0
+        self._tried: set[Tiling] = set()
+        self._refused = 0
 
     def run(self) -> Tuned:
         from pyext.kernels._tiling import choose_tiling, neighbours
@@ -192,7 +193,7 @@ class _Search:
             best = rule
         else:
             self._usable(best)  # verified after the timing, too
-        return Tuned(product, self._case, rule, best, ratio, self._tried, self._refused)
+        return Tuned(product, self._case, rule, best, ratio, len(self._tried), self._refused)
 
     def _last_word(self, rule: Tiling, best: Tiling) -> Ratio | None:
         """The least of several ratios, each of which says that ``best`` is faster; else None."""
@@ -224,7 +225,7 @@ class _Search:
             return False
         if not result:
             raise WrongResult(f"{self._product} in tiles of {tiling}: {result.detail}")
-        self._tried += 1
+        self._tried.add(tiling)
         return True
 
     def _against(
@@ -284,7 +285,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         type=_arguments.names,
         metavar="NAMES",
-        help=f"of {', '.join(_DTYPES)} (default: float32)",
+        help=f"of {', '.join(registry.DTYPE_NAMES)} (default: float32)",
     )
     add(
         "--shape",
@@ -307,13 +308,13 @@ def main(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     ops = {op.name: op for op in _ops_with_products()}
     suites = _arguments.chosen(parser, "--suite", options.suite, list(ops))
-    dtypes = _arguments.chosen(parser, "--dtype", options.dtype, _DTYPES, default=["float32"])
+    dtypes = _arguments.chosen(
+        parser, "--dtype", options.dtype, registry.DTYPE_NAMES, default=["float32"]
+    )
     cuda = torch.device("cuda")
     chosen = [ops[name] for name in suites]
-    shapes = _arguments.shapes(parser, options.shape, chosen, cuda, "quick")
-    if options.shape is not None:  # an op that no given shape fits is not asked for
-        lengths = {text.count("x") + 1 for text in options.shape}
-        chosen = [op for op in chosen if len(op.shape_names) in lengths]
+    shapes = _arguments.shapes(parser, options.shape, chosen, cuda, "quick", others=False)
+    chosen = [op for op in chosen if op.name in shapes]
     if not any(getattr(torch, dtype) in op.dtypes for op in chosen for dtype in dtypes):
         parser.error(f"nothing to tune: {', '.join(suites)} is not measured in {', '.join(dtypes)}")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
@@ -368,7 +369,7 @@ def _tune_all(wanted: Sequence[Case], options: argparse.Namespace, console: Cons
     except KeyboardInterrupt:
         status, last = INTERRUPTED, f"Interrupted{goes_on}."
     except (CannotTune, _CannotSave, torch.OutOfMemoryError) as error:
-        status, last = MISSING, f"{error}."
+        status, last = MISSING, f"{str(error).rstrip('.')}."
     except RuntimeError as error:
         status, last = FAILED, f"{type(error).__name__}: {error}"
     faster = sum(each.ratio is not None for each in found)

@@ -24,8 +24,6 @@ from pyext.lab.compile_report import machine_code
 from pyext.lab.compile_report.calls import Call, gpu_shapes, run
 from pyext.lab.compile_report.row import Row, make_row
 
-DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in registry.FLOATING_DTYPES)
-
 
 def unavailable() -> str | None:
     """Why there are no Triton rows here, in a sentence."""
@@ -36,7 +34,7 @@ def unavailable() -> str | None:
 
 def rows_and_calls(
     architecture: str,
-    dtypes: tuple[str, ...] = DTYPES,
+    dtypes: tuple[str, ...] = registry.DTYPE_NAMES,
     inputs: str = "benchmarks",
     cache: Path | None = None,
 ) -> Iterator[Row | Call]:
